@@ -1,0 +1,2 @@
+"""Preference training as a service, on Ray."""
+

@@ -1,0 +1,124 @@
+"""Every error the service raises on purpose, in one tree.
+
+    DpoServiceError                     status  code                 meaning
+    ├── UserError (ValueError)          400     invalid_request      what was asked for cannot be done; the sentence says the mend
+    │   ├── InvalidSpec                 400     invalid_spec         an option, or a combination of options
+    │   ├── InvalidData                 400     invalid_data         a row of a file (carries `line`)
+    │   ├── ModelNotFound               400     model_not_found      the name resolves to no model (404 when it is the resource asked for)
+    │   ├── NotFound                    404     not_found            an id nobody knows
+    │   ├── Conflict                    409     conflict             the object's state does not allow it
+    │   ├── Unauthorized                401     invalid_api_key
+    │   ├── TooLarge                    413     too_large            a body over the limit
+    │   └── StorageFull                 413     storage_full         the disk has no room for it
+    ├── Unavailable                     503     unavailable          right request, wrong moment (carries `retry_after`)
+    ├── ClusterError                    502     cluster_error        Ray refused or failed a request
+    └── TrainingError                   500     training_failed      a stage failed (carries `retryable`)
+        └── NonFiniteLoss               500     non_finite_loss      never retried
+        └── CheckpointError             500     checkpoint_invalid   a digest does not match, a file is missing
+
+`api/problems.py` turns them into the wire format with the table `STATUS_OF` below; nothing else maps errors to HTTP.
+"""
+
+from __future__ import annotations
+
+
+class DpoServiceError(Exception):
+    """Base of the tree. `message` is shown to the user, so it names the thing, its place and the mend."""
+
+    status: int = 500
+    code: str = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class UserError(DpoServiceError, ValueError):
+    """Something the user can mend. Never retried."""
+
+    status = 400
+    code = "invalid_request"
+
+
+class InvalidSpec(UserError):
+    """An option, or a combination of options, that cannot work. `param` is the dotted field."""
+
+    code = "invalid_spec"
+
+
+class InvalidData(UserError):
+    """A row, or a whole file, that cannot be trained on. `line` counts from 1."""
+
+    code = "invalid_data"
+
+    def __init__(
+        self, message: str, *, line: int | None = None, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(f"line {line}: {message}" if line is not None else message, param=param, code=code)
+        self.line = line
+
+
+class ModelNotFound(UserError):
+    code = "model_not_found"
+
+
+class NotFound(UserError):
+    status = 404
+    code = "not_found"
+
+
+class Conflict(UserError):
+    status = 409
+    code = "conflict"
+
+
+class Unauthorized(UserError):
+    status = 401
+    code = "invalid_api_key"
+
+
+class TooLarge(UserError):
+    status = 413
+    code = "too_large"
+
+
+class StorageFull(UserError):
+    """No room on the disk. A 4xx, because asking again at once cannot help."""
+
+    status = 413
+    code = "storage_full"
+
+
+class Unavailable(DpoServiceError):
+    """The request is right, the moment is not. `retry_after` is in seconds."""
+
+    status = 503
+    code = "unavailable"
+
+    def __init__(self, message: str, *, retry_after: int = 5, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after = retry_after
+
+
+class ClusterError(DpoServiceError):
+    status = 502
+    code = "cluster_error"
+
+
+class TrainingError(DpoServiceError):
+    """A stage of a job failed. `retryable` says whether another attempt may succeed."""
+
+    code = "training_failed"
+    retryable = True
+
+
+class NonFiniteLoss(TrainingError):
+    code = "non_finite_loss"
+    retryable = False
+
+
+class CheckpointError(TrainingError):
+    code = "checkpoint_invalid"

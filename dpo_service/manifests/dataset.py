@@ -1,0 +1,74 @@
+"""What the data stage made."""
+
+from __future__ import annotations
+
+from dpo_service.specs.base import Spec
+
+
+class LengthStats(Spec):
+    """Token counts: mean and percentiles."""
+
+    mean: float
+    p50: int
+    p95: int
+    max: int
+
+
+class DropCount(Spec):
+    reason: str
+    """duplicate | answer_too_long | empty_answer | chosen_equals_rejected | in_validation | …"""
+    count: int
+    first_line: int | None = None
+
+
+class DatasetReport(Spec):
+    """What a person wants to know of a file before training on it. Lengths are absent without a tokenizer."""
+
+    format: str
+    rows: int
+    """Rows in the file."""
+    kept: int
+    dropped: tuple[DropCount, ...] = ()
+    truncated_prompts: int = 0
+    truncated_answers: int = 0
+    contradictions: int = 0
+    """Pairs whose reverse is also in the file."""
+    ties: int = 0
+    """Pairs the annotator marked as equal (a margin or score difference of 0)."""
+    prompt_tokens: LengthStats | None = None
+    chosen_tokens: LengthStats | None = None
+    rejected_tokens: LengthStats | None = None
+    answer_tokens: LengthStats | None = None
+    longer_chosen_share: float | None = None
+    """Share of pairs whose chosen answer is the longer one: far from one half, the model may learn length."""
+    warnings: tuple[str, ...] = ()
+
+
+class SplitManifest(Spec):
+    name: str
+    """train | validation"""
+    files: tuple[str, ...]
+    """Storage keys of Parquet files, in order; rows are in `index` order."""
+    rows: int
+    tokens: int
+    digest: str
+    """sha256 over the rows' token ids, in order."""
+
+
+class DatasetManifest(Spec):
+    """The prepared dataset. Parquet columns: index int64, prompt list<int32>, chosen list<int32>, rejected list<int32>
+    (or `answer` for supervised rows), truncated bool, and ref_chosen, ref_rejected float32 when the reference is cached."""
+
+    rows: str
+    """pairs | answers"""
+    train: SplitManifest
+    validation: SplitManifest | None = None
+    report: DatasetReport
+    plan: str
+    """Storage key of the batch plan (data/plan.py)."""
+    steps_per_epoch: int
+    total_steps: int
+    tokenizer_digest: str
+    template_digest: str | None = None
+    reference_digest: str | None = None
+    """Digest of the model the cached reference log-probabilities come from."""

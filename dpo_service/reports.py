@@ -1,0 +1,157 @@
+"""What a running job says: events, metrics, checkpoints. Written to storage first, sent over HTTP second.
+
+    stage ── Reporter ──> spool (append-only JSON lines in storage)          the truth
+                 └──────> POST /internal/attempts/{submission_id}/reports    the fast path, best effort
+
+The API ingests either and counts every report once: a report carries a `key`, unique in its job. While the API is away
+the sender keeps its place in the spool and goes on from there; what never arrived is read from the spool when the
+attempt has ended. So a job needs neither the API nor the database to run, and its history is complete all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import orjson
+from pydantic import TypeAdapter
+
+from dpo_service.specs.base import Spec
+
+SEND_EVERY_S = 0.5
+RETRY_EVERY_S = 3.0
+BATCH = 200
+
+
+class Report(Spec):
+    """One thing a job said. `key` makes it idempotent: a second report with the same key changes nothing."""
+
+    key: str
+    created_at: float
+    type: Literal["message", "metrics", "checkpoint", "dataset", "progress"]
+    level: Literal["info", "warn", "error"] = "info"
+    message: str
+    data: dict[str, Any] | None = None
+
+
+REPORTS = TypeAdapter(list[Report])
+
+
+class Reporter:
+    """Writes reports of one source (a process of an attempt) and sends them on from a thread of its own.
+
+    `directory` is the attempt's spool directory. `source` must be unique among the attempt's processes, restarts included.
+    """
+
+    def __init__(self, directory: Path, source: str, *, url: str | None, token: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._source = source
+        self._path = directory / f"{source}.jsonl"
+        self._file = self._path.open("ab", buffering=0)
+        self._lock = threading.Lock()
+        self._sequence = 0
+        self._stop = threading.Event()
+        self._url, self._token = url, token
+        self._sender = threading.Thread(target=self._send_loop, name="reports", daemon=True)
+        if url:
+            self._sender.start()
+
+    def message(self, text: str, *, level: Literal["info", "warn", "error"] = "info", **data: Any) -> None:
+        self._write("message", text, level=level, data=data or None)
+
+    def metrics(self, split: str, step: int, values: Mapping[str, float], text: str) -> None:
+        """`values` by name for `step` of `split` (train | eval). A step that is trained again keeps its first report."""
+        self._write("metrics", text, key=f"metrics:{split}:{step}", data={"step": step, "split": split, **values})
+
+    def checkpoint(self, step: int, storage_key: str, digest: str, metrics: Mapping[str, float]) -> None:
+        data = {"step": step, "key": storage_key, "digest": digest, "metrics": dict(metrics)}
+        self._write("checkpoint", f"Checkpoint of step {step} saved", key=f"checkpoint:{step}", data=data)
+
+    def dataset(self, manifest: Mapping[str, Any], text: str) -> None:
+        self._write("dataset", text, key="dataset", data=dict(manifest))
+
+    def progress(self, stage: str, done: int, total: int, text: str) -> None:
+        """Where a stage stands. Not an event: the API keeps the latest only."""
+        self._write("progress", text, data={"stage": stage, "done": done, "total": total})
+
+    def _write(
+        self,
+        kind: Literal["message", "metrics", "checkpoint", "dataset", "progress"],
+        text: str,
+        *,
+        key: str | None = None,
+        level: Literal["info", "warn", "error"] = "info",
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        with self._lock:
+            self._sequence += 1
+            report = Report(
+                key=key or f"{self._path.parent.name}:{self._source}:{self._sequence}",
+                created_at=time.time(),
+                type=kind,
+                level=level,
+                message=text,
+                data=data,
+            )
+            self._file.write(orjson.dumps(report.model_dump(), option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Send what is left, waiting at most `timeout` seconds; the spool keeps the rest."""
+        self._stop.set()
+        if self._sender.is_alive():
+            self._sender.join(timeout)
+        self._file.close()
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _send_loop(self) -> None:
+        offset = 0
+        with httpx.Client(timeout=10, headers={"authorization": f"Bearer {self._token}"}, trust_env=False) as client:
+            while True:
+                stopping = self._stop.is_set()
+                with contextlib.suppress(httpx.HTTPError):
+                    offset = self._send_from(client, offset)
+                if stopping:
+                    return
+                behind = self._path.stat().st_size > offset
+                self._stop.wait(RETRY_EVERY_S if behind else SEND_EVERY_S)
+
+    def _send_from(self, client: httpx.Client, offset: int) -> int:
+        """Send the spool from `offset` on; returns the offset up to which the API has it."""
+        for batch, end in read_spool(self._path, offset):
+            response = client.post(f"{self._url}", content=orjson.dumps([r.model_dump() for r in batch]))
+            response.raise_for_status()
+            offset = end
+        return offset
+
+
+def read_spool(path: Path, offset: int = 0) -> Iterator[tuple[list[Report], int]]:
+    """Batches of whole reports from byte `offset` on, each with the offset after it. A torn last line is left alone."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        batch: list[Report] = []
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            offset += len(line)
+            batch.append(Report.model_validate(orjson.loads(line)))
+            if len(batch) == BATCH:
+                yield batch, offset
+                batch = []
+        if batch:
+            yield batch, offset
+
+
+def spool_files(directory: Path) -> list[Path]:
+    """The spools of an attempt, oldest first."""
+    return sorted(directory.glob("*.jsonl"), key=os.path.getmtime) if directory.is_dir() else []

@@ -1,0 +1,95 @@
+"""The document a user submits: OpenAI's fine-tuning request plus our fields. REST, SDK and YAML files share it.
+
+`JobSpec` may say "auto"; `RunSpec` (run.py) is the same job with every number decided, which is what an attempt runs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, StringConstraints, field_validator, model_validator
+
+from dpo_service.specs.adapter import LoraSpec
+from dpo_service.specs.base import AUTO, Auto, Spec
+from dpo_service.specs.data import Truncation
+from dpo_service.specs.eval import CheckpointSpec, EvalSpec
+from dpo_service.specs.method import MethodSpec
+from dpo_service.specs.optim import LrSchedule
+from dpo_service.specs.resources import ResourceSpec
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+
+
+class WandbIntegration(Spec):
+    project: Name
+    entity: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class Integration(Spec):
+    type: Literal["wandb"]
+    wandb: WandbIntegration
+
+
+class JobSpec(Spec):
+    """A training job as submitted."""
+
+    # OpenAI's fields
+    model: Name
+    training_file: Name
+    validation_file: Name | None = None
+    suffix: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    metadata: dict[str, str] | None = None
+    integrations: tuple[Integration, ...] | None = None
+    method: MethodSpec
+
+    # ours
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The true peak learning rate; excludes a `learning_rate_multiplier`."""
+    lr_schedule: LrSchedule = "linear"
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many steps, whatever `n_epochs` says."""
+    max_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
+    """Tokens of prompt plus answer; default: what the model allows, at most 1024."""
+    truncation: Truncation = "refuse"
+    deduplicate: bool = True
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    shuffle: bool = True
+    """False keeps the file's order."""
+    micro_batch_size: Auto[Annotated[int, Field(ge=1, le=256)]] = AUTO
+    """Rows a forward pass on one worker; the rest of its share is accumulated."""
+    reference: Literal["auto", "cached", "live"] = "auto"
+    logging_steps: Annotated[int, Field(ge=1)] = 1
+    lora: LoraSpec | None = None
+    resources: ResourceSpec = ResourceSpec()
+    eval: EvalSpec = EvalSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    deploy: bool = False
+    """Serve the result as soon as it is published."""
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata_limits(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        if value and len(value) > 16:
+            raise ValueError(f"metadata has {len(value)} keys; at most 16 are kept")
+        for key, text in (value or {}).items():
+            if len(key) > 64 or len(text) > 512:
+                raise ValueError(f"metadata[{key[:64]!r}]: keys are at most 64 characters and values 512")
+        return value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.learning_rate is not None and self.method.hyperparameters.learning_rate_multiplier != AUTO:
+            raise ValueError("learning_rate and learning_rate_multiplier exclude each other; give one of them")
+        if self.validation_file is not None and self.eval.split > 0:
+            raise ValueError("validation_file and eval.split exclude each other; give one of them")
+        if self.method.row.reference == "none" and self.reference != "auto":
+            raise ValueError(f"method {self.method.type!r} has no reference; remove `reference`")
+        if self.eval.every_steps is not None and self.validation_file is None and self.eval.split == 0:
+            raise ValueError("eval.every_steps needs rows to evaluate on; give validation_file or eval.split")
+        return self

@@ -1,0 +1,62 @@
+"""Where everything lies, as storage keys. The one place that knows the layout.
+
+    files/{file_id}/{name}                      an uploaded file
+    jobs/{job_id}/attempts/{n}/attempt.json     what the runner is given (AttemptSpec)
+    jobs/{job_id}/attempts/{n}/result.json      how it ended (RunResult); absent = it died
+    jobs/{job_id}/attempts/{n}/spool/           reports, one file a process
+    jobs/{job_id}/attempts/{n}/stop             exists = the attempt is asked to stop at the next step
+    jobs/{job_id}/dataset/                      Parquet, batch plan, dataset.json (DatasetManifest)
+    jobs/{job_id}/checkpoints/step-00000020/    a checkpoint (CheckpointManifest in manifest.json)
+    models/{name}/                              the user's own base models
+    cache/reference/{digest}/                   reference log-probabilities, shared between jobs
+"""
+
+from __future__ import annotations
+
+
+def file_key(file_id: str, name: str = "content") -> str:
+    return f"files/{file_id}/{name}"
+
+
+def job_dir(job_id: str) -> str:
+    return f"jobs/{job_id}"
+
+
+def attempt_dir(job_id: str, attempt: int) -> str:
+    return f"jobs/{job_id}/attempts/{attempt}"
+
+
+def attempt_spec(job_id: str, attempt: int) -> str:
+    return f"{attempt_dir(job_id, attempt)}/attempt.json"
+
+
+def attempt_result(job_id: str, attempt: int) -> str:
+    return f"{attempt_dir(job_id, attempt)}/result.json"
+
+
+def spool_dir(job_id: str, attempt: int) -> str:
+    return f"{attempt_dir(job_id, attempt)}/spool"
+
+
+def stop_flag(job_id: str, attempt: int) -> str:
+    return f"{attempt_dir(job_id, attempt)}/stop"
+
+
+def dataset_dir(job_id: str) -> str:
+    return f"jobs/{job_id}/dataset"
+
+
+def checkpoints_dir(job_id: str) -> str:
+    return f"jobs/{job_id}/checkpoints"
+
+
+def checkpoint_dir(job_id: str, step: int) -> str:
+    return f"jobs/{job_id}/checkpoints/step-{step:08d}"
+
+
+def reference_cache(digest: str) -> str:
+    return f"cache/reference/{digest}"
+
+
+def user_model(name: str) -> str:
+    return f"models/{name}"
