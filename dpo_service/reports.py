@@ -22,6 +22,7 @@ import httpx
 import orjson
 from pydantic import TypeAdapter
 
+from dpo_service.ids import random_suffix
 from dpo_service.specs.base import Spec
 
 SEND_EVERY_S = 0.5
@@ -46,12 +47,13 @@ REPORTS = TypeAdapter(list[Report])
 class Reporter:
     """Writes reports of one source (a process of an attempt) and sends them on from a thread of its own.
 
-    `directory` is the attempt's spool directory. `source` must be unique among the attempt's processes, restarts included.
+    `directory` is the attempt's spool directory, `url` where the API takes this attempt's reports. Each Reporter writes
+    a spool of its own, so a restarted process never appends to, or repeats the keys of, the one before it.
     """
 
-    def __init__(self, directory: Path, source: str, *, url: str | None, token: str) -> None:
+    def __init__(self, directory: Path, process: str, *, url: str | None, token: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._source = source
+        self._source = source = f"{process}-{random_suffix(8)}"
         self._path = directory / f"{source}.jsonl"
         self._file = self._path.open("ab", buffering=0)
         self._lock = threading.Lock()
@@ -92,7 +94,7 @@ class Reporter:
         with self._lock:
             self._sequence += 1
             report = Report(
-                key=key or f"{self._path.parent.name}:{self._source}:{self._sequence}",
+                key=key or f"{self._source}:{self._sequence}",
                 created_at=time.time(),
                 type=kind,
                 level=level,
@@ -129,7 +131,7 @@ class Reporter:
     def _send_from(self, client: httpx.Client, offset: int) -> int:
         """Send the spool from `offset` on; returns the offset up to which the API has it."""
         for batch, end in read_spool(self._path, offset):
-            response = client.post(f"{self._url}", content=orjson.dumps([r.model_dump() for r in batch]))
+            response = client.post(str(self._url), content=orjson.dumps([r.model_dump() for r in batch]))
             response.raise_for_status()
             offset = end
         return offset

@@ -1,0 +1,187 @@
+"""What a Ray job executes: `python -m dpo_service.runner STORE JOB ATTEMPT`.
+
+    attempt.json ──> model ──> data stage ──> training ──> result.json
+                     (digest)  (dataset.json)  (checkpoints/)
+
+Each stage leaves a manifest and finds the one of an earlier attempt, so another attempt goes on where the last one
+ended. `result.json` is the last thing written: without it the attempt has died. A SIGTERM becomes the stop flag, which
+training polls between steps: it saves, and the attempt ends as cancelled.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+
+from dpo_service.errors import CheckpointError, DpoServiceError, NotFound, TrainingError, UserError
+from dpo_service.manifests.checkpoint import RunResult
+from dpo_service.manifests.dataset import DatasetManifest
+from dpo_service.reports import Reporter
+from dpo_service.specs.run import AttemptSpec, ModelSource, RunSpec
+from dpo_service.storage import paths
+from dpo_service.storage.store import Store
+from dpo_service.telemetry import log
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: list[str]) -> int:
+    """Run one attempt. Exit status 0 unless it failed."""
+    log.configure()
+    root, job_id, attempt = arguments
+    store = Store(root)
+    spec = store.read_model(paths.attempt_spec(job_id, int(attempt)), AttemptSpec)
+    if _superseded(store, spec):
+        logger.info("attempt %s of %s has ended or was superseded; nothing to do", attempt, job_id)
+        return 0
+    _stop_on_sigterm(store, spec)
+    with _reporter(store, spec) as reporter:
+        result = _guarded(store, spec, reporter)
+        store.write_model(paths.attempt_result(job_id, spec.attempt), result)
+    return 1 if result.status == "failed" else 0
+
+
+def _superseded(store: Store, spec: AttemptSpec) -> bool:
+    """A cluster may run an entrypoint again: one that has a result, or a successor, must not."""
+    job_id = spec.run.job_id
+    return store.exists(paths.attempt_result(job_id, spec.attempt)) or store.exists(
+        paths.attempt_spec(job_id, spec.attempt + 1)
+    )
+
+
+def _stop_on_sigterm(store: Store, spec: AttemptSpec) -> None:
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        store.path(paths.stop_flag(spec.run.job_id, spec.attempt)).touch()
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def _reporter(store: Store, spec: AttemptSpec) -> Reporter:
+    spool = store.path(paths.spool_dir(spec.run.job_id, spec.attempt))
+    return Reporter(spool, "driver", url=spec.report_url, token=spec.report_token)
+
+
+def _guarded(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
+    """Run the stages; every way they can end becomes a result."""
+    try:
+        return _stages(store, spec, reporter)
+    except DpoServiceError as error:
+        logger.exception("attempt failed")
+        retryable = not isinstance(error, UserError) and getattr(error, "retryable", True)
+        return _failed(spec, error.code, error.message, retryable, error.param)
+    except Exception as error:
+        logger.exception("attempt failed")
+        reporter.message(traceback.format_exc(limit=-8), level="error")
+        return _failed(spec, "internal_error", f"{type(error).__name__}: {error}", retryable=True)
+
+
+def _stages(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
+    import ray
+
+    # Late: torch and Ray take seconds to import, and a failure to import them is the attempt's, not the process's.
+    from dpo_service.checkpoint.format import digest_of
+    from dpo_service.train.ray_worker import fit
+
+    ray.init(address="auto", logging_level=logging.WARNING, log_to_driver=True, configure_logging=False)
+    run = spec.run
+    model_dir = locate_model(store, run.model)
+    digest = digest_of(model_dir)
+    _require_same_base(store, run, digest)
+    dataset = _prepare(store, run, model_dir, digest, reporter)
+    if store.exists(paths.stop_flag(run.job_id, spec.attempt)):
+        return RunResult(job_id=run.job_id, attempt=spec.attempt, status="cancelled")
+    outcome = fit(store, spec, dataset, model_dir)
+    return RunResult(
+        job_id=run.job_id,
+        attempt=spec.attempt,
+        status="cancelled" if outcome.stopped else "succeeded",
+        checkpoint=outcome.checkpoint,
+        checkpoint_digest=outcome.digest,
+        model_id=run.output_model,
+        trained_tokens=outcome.trained_tokens,
+        steps=outcome.steps,
+    )
+
+
+def _prepare(store: Store, run: RunSpec, model_dir: Path, digest: str, reporter: Reporter) -> DatasetManifest:
+    from dpo_service.data.pipeline import prepare
+    from dpo_service.train.reference import ReferenceScorer
+
+    cached = run.reference.mode == "cached"
+
+    def scorer() -> ReferenceScorer:
+        return ReferenceScorer(str(model_dir), run.precision, run.batch.micro_batch_size)
+
+    return prepare(
+        store,
+        run.data,
+        run.batch,
+        job_id=run.job_id,
+        model_dir=model_dir,
+        reporter=reporter,
+        scorer=scorer if cached else None,
+        reference_digest=digest if cached else None,
+    )
+
+
+def _require_same_base(store: Store, run: RunSpec, digest: str) -> None:
+    """The base model, which is also the reference, is pinned by the first attempt and checked by every later one."""
+    key = f"{paths.job_dir(run.job_id)}/base_digest"
+    try:
+        pinned = store.read(key).decode()
+    except NotFound:
+        store.write(key, digest.encode())
+        return
+    if pinned != digest:
+        error = CheckpointError(
+            f"model {run.model.name!r} has changed since the job began (digest {pinned[:12]} then, {digest[:12]} now); "
+            "put the original files back, or submit a new job",
+            param="model",
+        )
+        error.retryable = False
+        raise error
+
+
+def locate_model(store: Store, source: ModelSource) -> Path:
+    """The local directory of a model, fetched from the hub if need be.
+
+    Raises:
+        TrainingError: the hub does not deliver it.
+    """
+    if source.path is not None:
+        return Path(source.path)
+    if source.key is not None:
+        return store.path(source.key)
+    from huggingface_hub import snapshot_download
+
+    assert source.hub is not None
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        return Path(snapshot_download(source.hub, allow_patterns=patterns))
+    except Exception as error:
+        raise TrainingError(f"model {source.hub!r} could not be fetched from the hub: {error}", param="model") from error
+
+
+def _failed(spec: AttemptSpec, code: str, message: str, retryable: bool, param: str | None = None) -> RunResult:
+    return RunResult(
+        job_id=spec.run.job_id,
+        attempt=spec.attempt,
+        status="failed",
+        error_code=code,
+        error_message=message,
+        error_param=param,
+        retryable=retryable,
+    )
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Ray's and torch's exit hooks can hang for seconds after the work is done and the result is on disk.
+    os._exit(code)
