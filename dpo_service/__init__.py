@@ -1,2 +1,1 @@
 """Preference training as a service, on Ray."""
-

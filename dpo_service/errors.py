@@ -1,10 +1,10 @@
 """Every error the service raises on purpose, in one tree.
 
     DpoServiceError                     status  code                 meaning
-    ├── UserError (ValueError)          400     invalid_request      what was asked for cannot be done; the sentence says the mend
+    ├── UserError (ValueError)          400     invalid_request      cannot be done as asked; the sentence says the mend
     │   ├── InvalidSpec                 400     invalid_spec         an option, or a combination of options
     │   ├── InvalidData                 400     invalid_data         a row of a file (carries `line`)
-    │   ├── ModelNotFound               400     model_not_found      the name resolves to no model (404 when it is the resource asked for)
+    │   ├── ModelNotFound               400     model_not_found      the name resolves to no model
     │   ├── NotFound                    404     not_found            an id nobody knows
     │   ├── Conflict                    409     conflict             the object's state does not allow it
     │   ├── Unauthorized                401     invalid_api_key
@@ -13,10 +13,10 @@
     ├── Unavailable                     503     unavailable          right request, wrong moment (carries `retry_after`)
     ├── ClusterError                    502     cluster_error        Ray refused or failed a request
     └── TrainingError                   500     training_failed      a stage failed (carries `retryable`)
-        └── NonFiniteLoss               500     non_finite_loss      never retried
+        ├── NonFiniteLoss               500     non_finite_loss      never retried
         └── CheckpointError             500     checkpoint_invalid   a digest does not match, a file is missing
 
-`api/problems.py` turns them into the wire format with the table `STATUS_OF` below; nothing else maps errors to HTTP.
+Each class carries its HTTP status and code; `api/problems.py` writes them in the wire format, and nothing else does.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Reporter:
         self._write("message", text, level=level, data=data or None)
 
     def metrics(self, split: str, step: int, values: Mapping[str, float], text: str) -> None:
-        """`values` by name for `step` of `split` (train | eval). A step that is trained again keeps its first report."""
+        """`values` by name for `step` of `split` (train | eval). A step trained again keeps its first report."""
         self._write("metrics", text, key=f"metrics:{split}:{step}", data={"step": step, "split": split, **values})
 
     def checkpoint(self, step: int, storage_key: str, digest: str, metrics: Mapping[str, float]) -> None:

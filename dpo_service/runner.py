@@ -164,7 +164,8 @@ def locate_model(store: Store, source: ModelSource) -> Path:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
         return Path(snapshot_download(source.hub, allow_patterns=patterns))
     except Exception as error:
-        raise TrainingError(f"model {source.hub!r} could not be fetched from the hub: {error}", param="model") from error
+        message = f"model {source.hub!r} could not be fetched from the hub: {error}"
+        raise TrainingError(message, param="model") from error
 
 
 def _failed(spec: AttemptSpec, code: str, message: str, retryable: bool, param: str | None = None) -> RunResult:

@@ -83,7 +83,7 @@ class Cluster(Protocol):
     async def submit(
         self, submission_id: str, entrypoint: Sequence[str], env: Mapping[str, str], metadata: Mapping[str, str]
     ) -> None:
-        """Start `entrypoint` under `submission_id`. A second submission of the same id starts nothing and is no error."""
+        """Start `entrypoint` under `submission_id`. Submitting the same id again starts nothing and is no error."""
         ...
 
     async def observe(self, submission_id: str) -> JobObservation: ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from dpo_service.specs.base import Spec
 
 
@@ -26,7 +28,7 @@ class CheckpointManifest(Spec):
     base_model: str
     base_digest: str
     reference_digest: str | None = None
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default_factory=dict)
     world_size: int = 1
     created_at: float = 0.0
 

@@ -56,8 +56,11 @@ class SplitManifest(Spec):
 
 
 class DatasetManifest(Spec):
-    """The prepared dataset. Parquet columns: index int64, prompt list<int32>, chosen list<int32>, rejected list<int32>
-    (or `answer` for supervised rows), truncated bool, and ref_chosen, ref_rejected float32 when the reference is cached."""
+    """The prepared dataset.
+
+    Parquet columns: index int64; prompt, chosen, rejected list<int32> (or prompt, answer for supervised rows);
+    truncated bool; ref_chosen, ref_rejected float32 when the reference is cached.
+    """
 
     rows: str
     """pairs | answers"""

@@ -58,7 +58,7 @@ class RunSpec(Spec):
 
 
 class AttemptSpec(Spec):
-    """What the runner is given: the run, which try this is, and where to report. Lies in storage, readable by the job."""
+    """What the runner is given: the run, which try this is, and where to report. Lies in storage."""
 
     run: RunSpec
     attempt: int

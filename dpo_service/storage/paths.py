@@ -1,14 +1,14 @@
 """Where everything lies, as storage keys. The one place that knows the layout.
 
-    files/{file_id}/{name}                      an uploaded file
-    jobs/{job_id}/attempts/{n}/attempt.json     what the runner is given (AttemptSpec)
-    jobs/{job_id}/attempts/{n}/result.json      how it ended (RunResult); absent = it died
-    jobs/{job_id}/attempts/{n}/spool/           reports, one file a process
-    jobs/{job_id}/attempts/{n}/stop             exists = the attempt is asked to stop at the next step
-    jobs/{job_id}/dataset/                      Parquet, batch plan, dataset.json (DatasetManifest)
-    jobs/{job_id}/checkpoints/step-00000020/    a checkpoint (CheckpointManifest in manifest.json)
-    models/{name}/                              the user's own base models
-    cache/reference/{digest}/                   reference log-probabilities, shared between jobs
+files/{file_id}/{name}                      an uploaded file
+jobs/{job_id}/attempts/{n}/attempt.json     what the runner is given (AttemptSpec)
+jobs/{job_id}/attempts/{n}/result.json      how it ended (RunResult); absent = it died
+jobs/{job_id}/attempts/{n}/spool/           reports, one file a process
+jobs/{job_id}/attempts/{n}/stop             exists = the attempt is asked to stop at the next step
+jobs/{job_id}/dataset/                      Parquet, batch plan, dataset.json (DatasetManifest)
+jobs/{job_id}/checkpoints/step-00000020/    a checkpoint (CheckpointManifest in manifest.json)
+models/{name}/                              the user's own base models
+cache/reference/{digest}/                   reference log-probabilities, shared between jobs
 """
 
 from __future__ import annotations
