@@ -1,0 +1,60 @@
+import pytest
+from pydantic import ValidationError
+
+from dpo_service.specs.job import JobSpec
+
+MINIMAL = {"model": "base", "training_file": "file-1", "method": {"type": "dpo"}}
+
+
+def spec(**fields):
+    return JobSpec.model_validate({**MINIMAL, **fields})
+
+
+def test_the_minimal_job_leaves_the_numbers_to_us():
+    hyperparameters = spec().method.hyperparameters
+    assert hyperparameters.batch_size == hyperparameters.beta == hyperparameters.n_epochs == "auto"
+
+
+def test_openai_documents_are_accepted_as_they_are():
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "batch_size": "auto", "n_epochs": 2}}}
+    assert spec(method=method, suffix="s", metadata={"a": "b"}).method.hyperparameters.beta == 0.2
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"learning_rte": 1e-4}, "learning_rte"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"betta": 1}}}}, "betta"),
+        ({"method": {"type": "dqo"}}, "dpo"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}}, "less than or equal to 2"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"label_smoothing": 0.5}}}}, "label_smoothing"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"batch_size": 257}}}}, "256"),
+        ({"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 0.1}}}}, "beta"),
+        ({"method": {"type": "supervised"}, "reference": "live"}, "no reference"),
+        ({"validation_file": "file-2", "eval": {"split": 0.1}}, "exclude"),
+        ({"eval": {"every_steps": 5}}, "eval.every_steps"),
+        ({"metadata": {str(i): "x" for i in range(17)}}, "17 keys"),
+        ({"metadata": {"k" * 65: "x"}}, "64"),
+        ({"suffix": "s" * 65}, "64"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"learning_rate": 0}, "learning_rate"),
+        ({"lr_schedule": "cosin"}, "cosine"),
+        ({"resources": {"workers": 0}}, "workers"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(fields, says):
+    with pytest.raises(ValidationError, match=says):
+        spec(**fields)
+
+
+def test_true_rate_and_multiplier_exclude_each_other():
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"learning_rate_multiplier": 2}}}
+    with pytest.raises(ValidationError, match="exclude each other"):
+        spec(method=method, learning_rate=1e-5)
+    assert spec(learning_rate=1e-5).learning_rate == 1e-5
+
+
+def test_a_spec_cannot_be_changed():
+    with pytest.raises(ValidationError):
+        spec().model = "other"
