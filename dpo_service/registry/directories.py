@@ -1,0 +1,87 @@
+"""What a model directory in the Hugging Face layout says of itself. Reads JSON, never weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_service.errors import ModelNotFound
+
+CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
+LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
+NO_LENGTH = 1 << 20
+"""`max_length` of a model that names no limit."""
+
+
+@dataclass(frozen=True)
+class DirectoryFacts:
+    architecture: str
+    max_length: int
+    """Tokens the model can attend to."""
+    vocab_size: int
+    has_chat_template: bool
+    weight_bytes: int
+    """Size of the weight files; 0 where they are not here yet (hub)."""
+
+
+def inspect(directory: Path, name: str, *, weights_here: bool = True) -> DirectoryFacts:
+    """Read the model's configuration.
+
+    Raises:
+        ModelNotFound: it is no directory of a causal language model with a fast tokenizer and safetensors weights.
+    """
+    config = _config(directory, name)
+    weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    if weights_here and not any(directory.glob("*.safetensors")):
+        raise _refused(name, "it holds no *.safetensors weights; save it with save_pretrained(...)")
+    if not (directory / "tokenizer.json").is_file():
+        raise _refused(name, "it holds no tokenizer.json; save its fast tokenizer beside the weights")
+    text = config.get("text_config") or config
+    return DirectoryFacts(
+        architecture=_architecture(config, name),
+        max_length=next((int(text[f]) for f in LENGTH_FIELDS if isinstance(text.get(f), int)), NO_LENGTH),
+        vocab_size=int(text.get("vocab_size") or 0),
+        has_chat_template=_has_chat_template(directory),
+        weight_bytes=weights,
+    )
+
+
+def _config(directory: Path, name: str) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise _refused(name, "it holds no config.json; a model is a directory in the Hugging Face layout") from None
+    except (ValueError, OSError) as error:
+        raise _refused(name, f"its config.json cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise _refused(name, "its config.json is no JSON object")
+    return config
+
+
+def _architecture(config: dict[str, Any], name: str) -> str:
+    architectures = [str(a) for a in config.get("architectures") or ()]
+    if config.get("is_encoder_decoder"):
+        raise _refused(name, f"it is a sequence-to-sequence model ({', '.join(architectures)}); give a causal one")
+    for architecture in architectures:
+        if architecture.endswith(CAUSAL_SUFFIXES):
+            return architecture
+    raise _refused(
+        name,
+        f"its config.json names {', '.join(architectures) or 'no architecture'}; "
+        "a causal language model (…ForCausalLM) is needed",
+    )
+
+
+def _has_chat_template(directory: Path) -> bool:
+    if any((directory / file).is_file() for file in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        return bool(json.loads((directory / "tokenizer_config.json").read_text()).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _refused(name: str, why: str) -> ModelNotFound:
+    return ModelNotFound(f"model {name!r} cannot be used: {why}", param="model")
