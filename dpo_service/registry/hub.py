@@ -6,12 +6,11 @@ import asyncio
 import os
 from pathlib import Path
 
-import httpx
-
 from dpo_service.errors import ModelNotFound
 
 DESCRIPTION = ("config.json", "tokenizer*", "chat_template*", "special_tokens_map.json", "vocab.json", "merges.txt")
 TIMEOUT_S = 30.0
+CONNECT_TIMEOUT_S = 5.0
 
 
 def offline() -> bool:
@@ -33,21 +32,22 @@ async def fetch_description(name: str) -> Path:
 
 def _download(name: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        files = HfApi().list_repo_files(name)
-        if not any(file.endswith(".safetensors") for file in files):
-            raise ModelNotFound(f"hub model {name!r} has no safetensors weights; choose one that has", param="model")
-        return Path(snapshot_download(name, allow_patterns=list(DESCRIPTION), etag_timeout=10))
+        # model_info asks once; the listing calls of the hub library try six times over half a minute.
+        info = HfApi().model_info(name, timeout=CONNECT_TIMEOUT_S)
+        if any(file.rfilename.endswith(".safetensors") for file in info.siblings or ()):
+            return Path(snapshot_download(name, allow_patterns=list(DESCRIPTION), etag_timeout=CONNECT_TIMEOUT_S))
     except GatedRepoError:
         raise ModelNotFound(
             f"hub model {name!r} is gated: accept its terms on the hub and set HF_TOKEN for the service", param="model"
         ) from None
     except RepositoryNotFoundError:
         raise ModelNotFound(f"neither this service nor the hub has a model {name!r}", param="model") from None
-    except (httpx.HTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise _unreachable(name, type(error).__name__) from None
+    except Exception as error:  # transport errors come in the types of whichever HTTP library the hub's client uses
+        raise _unreachable(name, type(error).__name__) from error
+    raise ModelNotFound(f"hub model {name!r} has no safetensors weights; choose one that has", param="model")
 
 
 def _unreachable(name: str, why: str) -> ModelNotFound:
