@@ -49,6 +49,8 @@ class ServeApplication:
     user_config: Mapping[str, Any] | None = None
     """Changed alone, it reconfigures the replicas in place."""
     replicas: int = 1
+    deployment: str = "Model"
+    """The Serve deployment inside the application that `user_config` and `replicas` are for."""
 
 
 class AppState(StrEnum):
