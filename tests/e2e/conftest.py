@@ -14,8 +14,8 @@ import openai
 import psutil
 import pytest
 
-COLOURS = "red green blue black white pink grey brown".split()
-THINGS = "cat dog boat tree house lamp chair stone".split()
+COLOURS = ["red", "green", "blue", "black", "white", "pink", "grey", "brown"]
+THINGS = ["cat", "dog", "boat", "tree", "house", "lamp", "chair", "stone"]
 ENDED = {"succeeded", "failed", "cancelled"}
 
 
