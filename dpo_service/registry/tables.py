@@ -97,4 +97,5 @@ class AnsweredRequest(Base):
     body_hash: Mapped[str] = mapped_column(String(64), index=True)
     resource_id: Mapped[str] = mapped_column(String(64))
     """What the request made."""
+    response: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(index=True)
