@@ -1,0 +1,103 @@
+"""Which rows form which optimizer step, on which rank, in which micro-batch: a pure function, fixed before training.
+
+    epoch e:  a permutation of all rows (file order without shuffling), cut into batches; the last may be smaller
+    step s:   batch s mod steps_per_epoch of epoch s div steps_per_epoch
+
+So an epoch is a fixed sequence, resuming is "the steps after n", and the number of workers changes only who computes
+what. `assign` gives every rank the same number of micro-batches (some may be empty): all make the same collective calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class BatchPlan:
+    """The batches of a run.
+
+    Args:
+        n_rows: rows of the training split; they are named by their index, 0 to n_rows - 1.
+        batch_size: rows a step, over all ranks.
+        n_epochs: how often every row is seen; `max_steps`, where given, decides instead (it may end within an epoch, or
+            go on beyond the last).
+        lengths: tokens of each row, for balance between the ranks; None = all alike.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        batch_size: int,
+        n_epochs: int,
+        max_steps: int | None,
+        shuffle: bool,
+        seed: int,
+        lengths: Sequence[int] | NDArray[np.int64] | None = None,
+    ) -> None:
+        assert n_rows > 0
+        assert batch_size > 0
+        self.n_rows = n_rows
+        self.batch_size = batch_size
+        self.steps_per_epoch = -(-n_rows // batch_size)
+        self.total_steps = max_steps if max_steps is not None else n_epochs * self.steps_per_epoch
+        self._shuffle, self._seed = shuffle, seed
+        self._lengths = np.ones(n_rows, np.int64) if lengths is None else np.asarray(lengths, np.int64)
+        assert len(self._lengths) == n_rows
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def rows(self, step: int) -> list[int]:
+        """Global row indices of optimizer step `step` (from 0), in order."""
+        assert 0 <= step < self.total_steps
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        start = batch * self.batch_size
+        return self._order(epoch)[start : start + self.batch_size].tolist()
+
+    def epoch(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def tokens(self, step: int) -> int:
+        return int(self._lengths[self.rows(step)].sum())
+
+    def assign(self, step: int, world_size: int, micro_batch_size: int) -> list[list[list[int]]]:
+        """Row indices by rank and micro-batch: [rank][micro][row].
+
+        The union over the ranks is `rows(step)`, whatever the world size. Ranks hold equally many rows but for one, and
+        nearly equally many tokens; all have the same number of micro-batches, of at most `micro_batch_size` rows.
+        """
+        rows = self.rows(step)
+        shares = _balance(self._lengths[rows], world_size, -(-len(rows) // world_size))
+        n_micro = -(-max(len(share) for share in shares) // micro_batch_size)
+        return [
+            [[rows[i] for i in sorted(micro)] for micro in _micro_batches(share, self._lengths[rows], n_micro)]
+            for share in shares
+        ]
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        if not self._shuffle:
+            return np.arange(self.n_rows, dtype=np.int64)
+        return np.random.default_rng((self._seed, epoch)).permutation(self.n_rows)
+
+
+def _balance(lengths: NDArray[np.int64], ranks: int, capacity: int) -> list[list[int]]:
+    """Positions by rank: the longest first, each to the rank with the fewest tokens that has room (LPT scheduling)."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    # Ranks differ by one row at most: `full` of them may hold `capacity`, the others one fewer.
+    full = len(lengths) - ranks * (capacity - 1)
+    for position in np.argsort(-lengths, kind="stable").tolist():
+        open_ranks = [r for r in range(ranks) if len(shares[r]) < capacity - (0 if full > 0 else 1)]
+        rank = min(open_ranks, key=lambda r: (loads[r], r))
+        shares[rank].append(position)
+        loads[rank] += int(lengths[position])
+        full -= len(shares[rank]) == capacity
+    return shares
+
+
+def _micro_batches(share: list[int], lengths: NDArray[np.int64], n_micro: int) -> list[list[int]]:
+    """`share` in `n_micro` runs of similar length, whose sizes differ by one at most; a run may be empty."""
+    ordered = sorted(share, key=lambda position: (-int(lengths[position]), position))
+    return [part.tolist() for part in np.array_split(np.asarray(ordered, np.int64), n_micro)]
