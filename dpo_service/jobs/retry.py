@@ -1,0 +1,33 @@
+"""Whether a failed attempt gets a successor, and when. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+DELAYS_S = (15, 30, 60, 120, 300, 600)
+JITTER = 0.2
+
+
+@dataclass(frozen=True)
+class Retry:
+    delay: timedelta
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    why: str
+
+
+def decide(attempt: int, *, retryable: bool, max_attempts: int, chance: float) -> Retry | GiveUp:
+    """What follows when attempt number `attempt` (from 1) has failed.
+
+    `retryable` is false for what another try cannot change: the user's mistakes and a loss that is not finite.
+    `chance` in [0, 1) spreads the delay by +-20%, so that jobs that fell together do not rise together.
+    """
+    if not retryable:
+        return GiveUp("another attempt would end the same way")
+    if attempt >= max_attempts:
+        return GiveUp(f"that was attempt {attempt} of {max_attempts}")
+    base = DELAYS_S[min(attempt, len(DELAYS_S)) - 1]
+    return Retry(timedelta(seconds=base * (1 - JITTER + 2 * JITTER * chance)))
