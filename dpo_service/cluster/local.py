@@ -32,6 +32,7 @@ class LocalCluster:
     """One Ray head per data directory. Needs Ray with its dashboard (`ray[default]`), and `ray[serve]` to serve."""
 
     def __init__(self, data_dir: Path, *, num_cpus: int | None = None, serve_port: int | None = None) -> None:
+        self.data_dir = data_dir
         self._head = Head(data_dir, num_cpus, serve_port)
         self._state: HeadState | None = None
         self._ray: RayJobsCluster | None = None

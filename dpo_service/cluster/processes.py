@@ -72,6 +72,14 @@ def started_at(pid: int) -> float | None:
         return None
 
 
+def environment(pid: int) -> dict[str, str]:
+    """What the process was started with; {} when it is gone or has overwritten it."""
+    try:
+        return psutil.Process(pid).environ()
+    except (psutil.Error, OSError):
+        return {}
+
+
 def _terminate(processes: list[psutil.Process], grace: float) -> None:
     for process in _gone_is_fine(processes):
         process.terminate()
@@ -91,7 +99,7 @@ def _belongs(process: psutil.Process, directory: Path) -> bool:
     try:
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        return process.environ().get(MARK) == str(directory) or _writes_into(process, directory)
+        return environment(process.pid).get(MARK) == str(directory) or _writes_into(process, directory)
     except (psutil.Error, OSError):
         return False
 
