@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 AUTO: Literal["auto"] = "auto"
 T = TypeVar("T")
-Auto = T | Literal["auto"]
+Auto: TypeAlias = T | Literal["auto"]
 """A value, or `"auto"`: the service decides when the job is accepted, and the job then shows what it decided."""
 
 
@@ -20,4 +20,4 @@ class Spec(BaseModel):
 
 def chosen_or(value: Auto[T], default: T) -> T:
     """`value`, or `default` where the user left it to us."""
-    return default if value == AUTO else value  # type: ignore[return-value]
+    return default if value == AUTO else value

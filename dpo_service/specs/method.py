@@ -81,7 +81,7 @@ class MethodSpec(Spec):
         """The hyperparameters of the named method (a `DpoHyperparameters` for the paired ones)."""
         block = getattr(self, self.type)
         defaults = DpoMethod() if self.type == "dpo" else SupervisedMethod()
-        return (block or defaults).hyperparameters  # type: ignore[no-any-return]
+        return (block or defaults).hyperparameters
 
 
 class LossSpec(Spec):

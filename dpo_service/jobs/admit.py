@@ -1,0 +1,136 @@
+"""Decides whether a job can be run, and every number the user left open. A job that is admitted needs no further look:
+what would fail an hour later on the cluster is refused here, with the field and the mend.
+
+    JobSpec ── model ── files ── rows (tokenizer of the model) ── capacity ── choices.py ──> RunSpec, DatasetReport
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from dpo_service import ids
+from dpo_service.clock import Clock, SystemClock
+from dpo_service.cluster.port import Capacity, Cluster
+from dpo_service.db.session import Database
+from dpo_service.errors import ClusterError, InvalidData, InvalidSpec, NotFound, Unavailable
+from dpo_service.jobs import choices
+from dpo_service.manifests.dataset import DatasetReport
+from dpo_service.registry import files
+from dpo_service.registry.models import resolve
+from dpo_service.registry.tables import File
+from dpo_service.rows.check import check_file
+from dpo_service.rows.template import Tokenizer
+from dpo_service.settings import Settings
+from dpo_service.specs.job import JobSpec
+from dpo_service.specs.resources import ResourceSpec
+from dpo_service.specs.run import RunSpec
+from dpo_service.storage.store import Store
+
+PURPOSE = "fine-tune"
+NEEDS = {"pairs": "preference pairs", "answers": "prompts with one answer each"}
+
+
+async def admit(
+    spec: JobSpec,
+    *,
+    database: Database,
+    store: Store,
+    cluster: Cluster,
+    settings: Settings,
+    clock: Clock | None = None,
+) -> tuple[RunSpec, DatasetReport]:
+    """The job with every number decided, under a new id, and the report on its training file.
+
+    Reads the files whole, in a thread: seconds for a large one.
+
+    Raises:
+        InvalidSpec, InvalidData, ModelNotFound: the job cannot run; `param` names the field.
+        Unavailable: the cluster cannot be asked what it has.
+    """
+    model = await resolve(spec.model, database=database, store=store, settings=settings)
+    training = await _file(spec, "training_file", spec.training_file, database, clock)
+    validation = None
+    if spec.validation_file is not None:
+        validation = await _file(spec, "validation_file", spec.validation_file, database, clock)
+    max_length = choices.max_length(spec, model.max_length)
+    _require_capacity(spec.resources, await _capacity(cluster))
+    tokenizer = await asyncio.to_thread(Tokenizer.load, model.directory)
+    report = await _check(spec, "training_file", training, store, tokenizer, max_length)
+    if validation is not None:
+        await _check(spec, "validation_file", validation, store, tokenizer, max_length)
+    job_id = ids.new_job_id()
+    run = choices.decide(
+        spec, job_id=job_id, source=model.source, training=training, validation=validation, kept=report.kept,
+        max_length=max_length,
+    )  # fmt: skip
+    return run, report
+
+
+async def _file(spec: JobSpec, param: str, file_id: str, database: Database, clock: Clock | None) -> File:
+    """A file that was uploaded for training and holds the kind of rows the method needs."""
+    try:
+        async with database.begin() as session:
+            file = await files.get(session, file_id, now=(clock or SystemClock()).now())
+    except NotFound as error:
+        raise InvalidSpec(error.message, param=param) from None
+    if file.purpose != PURPOSE:
+        raise InvalidSpec(
+            f"file {file_id!r} was uploaded with purpose {file.purpose!r}; upload it again with purpose {PURPOSE!r}",
+            param=param,
+        )
+    needed = spec.method.row.rows
+    if file.rows is not None and file.rows != needed:
+        other = "supervised" if file.rows == "answers" else "dpo"
+        raise InvalidSpec(
+            f"method {spec.method.type!r} needs {NEEDS[needed]}, and {file.name!r} ({file_id}) holds "
+            f"{NEEDS[file.rows]}; give another file, or method {other!r}",
+            param=param,
+        )
+    return file
+
+
+async def _check(
+    spec: JobSpec, param: str, file: File, store: Store, tokenizer: Tokenizer, max_length: int
+) -> DatasetReport:
+    path: Path = store.path(file.key)
+    try:
+        return await asyncio.to_thread(
+            check_file,
+            path,
+            file.name,
+            rows=spec.method.row.rows,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            truncation=spec.truncation,
+            deduplicate=spec.deduplicate,
+        )
+    except InvalidData as error:
+        error.param = error.param or param
+        raise
+
+
+async def _capacity(cluster: Cluster) -> Capacity:
+    try:
+        return await cluster.capacity()
+    except ClusterError as error:
+        raise Unavailable(f"the cluster cannot be asked what it has: {error.message}; try again shortly") from error
+
+
+def _require_capacity(wanted: ResourceSpec, capacity: Capacity) -> None:
+    gpus, cpus = wanted.workers * wanted.gpus_per_worker, wanted.workers * wanted.cpus_per_worker
+    if gpus > capacity.gpus:
+        fewer = "set gpus_per_worker to 0 to train on CPUs" if capacity.gpus < 1 else f"use at most {capacity.gpus:.0f}"
+        raise InvalidSpec(
+            f"{wanted.workers} workers with {wanted.gpus_per_worker} GPU each need {gpus} GPUs; "
+            f"the cluster has {capacity.gpus:.0f}; {fewer}",
+            param="resources.gpus_per_worker" if capacity.gpus < 1 else "resources.workers",
+        )
+    if cpus > capacity.cpus:
+        workers = int(capacity.cpus // wanted.cpus_per_worker)
+        fewer = f"use at most {workers} workers" if workers else f"use at most {capacity.cpus:.0f} CPUs per worker"
+        raise InvalidSpec(
+            f"{wanted.workers} workers with {wanted.cpus_per_worker} CPUs each need {cpus} CPUs; "
+            f"the cluster has {capacity.cpus:.0f}; {fewer}",
+            param="resources.workers" if workers else "resources.cpus_per_worker",
+        )

@@ -1,0 +1,191 @@
+"""What the service decides where a job says "auto" or nothing. Pure.
+
+batch_size      a twentieth of the training rows, 1 to 32, at least one row a worker: 20 steps an epoch
+n_epochs        3 below 2,000 training rows, 2 below 20,000, else 1
+micro_batch     a worker's share of the batch, while its tokens at full length stay under 8,192
+learning rate   the method's own (specs/method.py) times the multiplier; ten times that with LoRA
+max_length      what the model allows, at most 1024
+precision       float32 on CPUs, bfloat16 on GPUs
+reference       cached, where the method has one
+beta            0.1
+seed            drawn
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Literal
+
+from dpo_service import ids
+from dpo_service.errors import InvalidData, InvalidSpec
+from dpo_service.registry.tables import File
+from dpo_service.specs.base import chosen_or
+from dpo_service.specs.data import DataSpec
+from dpo_service.specs.job import JobSpec
+from dpo_service.specs.method import DpoHyperparameters, LossSpec, ReferenceSpec
+from dpo_service.specs.optim import OptimSpec
+from dpo_service.specs.run import BatchSpec, ModelSource, RunSpec
+
+DEFAULT_MAX_LENGTH = 1024
+DEFAULT_BETA = 0.1
+LORA_FACTOR = 10.0
+MICRO_BATCH_TOKENS = 8192
+MAX_AUTO_BATCH = 32
+STEPS_AN_EPOCH = 20
+
+
+def decide(
+    spec: JobSpec,
+    *,
+    job_id: str,
+    source: ModelSource,
+    training: File,
+    validation: File | None,
+    kept: int,
+    max_length: int,
+) -> RunSpec:
+    """The run. `kept` is the number of usable rows in the training file.
+
+    Raises:
+        InvalidSpec: the batch, the workers and the rows do not go together.
+        InvalidData: the validation split leaves nothing to train on.
+    """
+    seed = spec.seed if spec.seed is not None else secrets.randbelow(2**31)
+    rows = kept - held_out(kept, spec.eval.split)
+    batch = _batch(spec, rows, max_length)
+    return RunSpec(
+        job_id=job_id,
+        method=spec.method.type,
+        model=source,
+        data=_data(spec, training, validation, max_length, seed),
+        loss=_loss(spec),
+        reference=ReferenceSpec(mode=_reference(spec)),
+        optim=_optim(spec),
+        batch=batch,
+        precision=_precision(spec),
+        lora=spec.lora,
+        resources=spec.resources,
+        seed=seed,
+        logging_steps=spec.logging_steps,
+        eval_every_steps=spec.eval.every_steps,
+        save_every_steps=spec.checkpoint.every_steps,
+        keep_checkpoints=spec.checkpoint.keep_last,
+        integrations=spec.integrations or (),
+        output_model=ids.fine_tuned_model_id(spec.model, spec.suffix, job_id),
+    )
+
+
+def max_length(spec: JobSpec, allowed: int) -> int:
+    """Tokens of prompt plus answer. Raises InvalidSpec where the model allows fewer than the job asks for."""
+    if spec.max_length is None:
+        return min(allowed, DEFAULT_MAX_LENGTH)
+    if spec.max_length > allowed:
+        raise InvalidSpec(
+            f"max_length {spec.max_length:,} is beyond what model {spec.model!r} can attend to; "
+            f"use at most {allowed:,}",
+            param="max_length",
+        )
+    return spec.max_length
+
+
+def held_out(kept: int, split: float) -> int:
+    """Rows of `kept` that become the validation split.
+
+    Raises:
+        InvalidData: none would be left to train on, or none to validate on.
+    """
+    if split == 0:
+        return 0
+    held = round(kept * split)
+    if held == 0 or held >= kept:
+        side = "validate" if held == 0 else "train"
+        raise InvalidData(
+            f"eval.split {split} of {kept} usable rows leaves none to {side} on; "
+            f"choose one between {1 / kept:.3g} and {1 - 1 / kept:.3g}, or give a validation_file",
+            param="eval.split",
+        )
+    return held
+
+
+def _batch(spec: JobSpec, rows: int, length: int) -> BatchSpec:
+    asked, workers = spec.method.hyperparameters, spec.resources.workers
+    size = chosen_or(asked.batch_size, max(workers, min(MAX_AUTO_BATCH, max(1, rows // STEPS_AN_EPOCH))))
+    _require_fit(spec, size, rows)
+    share = -(-size // workers)
+    return BatchSpec(
+        batch_size=size,
+        micro_batch_size=chosen_or(spec.micro_batch_size, max(1, min(share, MICRO_BATCH_TOKENS // length))),
+        n_epochs=chosen_or(asked.n_epochs, 3 if rows < 2_000 else 2 if rows < 20_000 else 1),
+        max_steps=spec.max_steps,
+    )
+
+
+def _require_fit(spec: JobSpec, size: int, rows: int) -> None:
+    workers = spec.resources.workers
+    noun = "pairs" if spec.method.row.rows == "pairs" else "rows"
+    param = f"method.{spec.method.type}.hyperparameters.batch_size"
+    if workers > rows:
+        raise InvalidSpec(
+            f"there are {rows} usable {noun} to train on, and {workers} workers need at least one each; "
+            f"use at most {rows} workers",
+            param="resources.workers",
+        )
+    if size > rows:
+        raise InvalidSpec(
+            f"there are {rows} usable {noun} to train on; batch_size {size} cannot be filled; use at most {rows}",
+            param=param,
+        )
+    if size < workers:
+        raise InvalidSpec(
+            f"batch_size {size} gives {workers} workers less than one of the {noun} each; "
+            f"use a batch_size of at least {workers}, or fewer workers",
+            param=param,
+        )
+
+
+def _data(spec: JobSpec, training: File, validation: File | None, length: int, seed: int) -> DataSpec:
+    return DataSpec(
+        rows=spec.method.row.rows,
+        training_file=training.key,
+        training_name=training.name,
+        validation_file=validation.key if validation else None,
+        validation_name=validation.name if validation else None,
+        eval_split=spec.eval.split,
+        max_length=length,
+        truncation=spec.truncation,
+        deduplicate=spec.deduplicate,
+        shuffle=spec.shuffle,
+        seed=seed,
+    )
+
+
+def _loss(spec: JobSpec) -> LossSpec:
+    asked, name = spec.method.hyperparameters, spec.method.row.loss
+    if isinstance(asked, DpoHyperparameters):
+        beta = chosen_or(asked.beta, DEFAULT_BETA)
+        return LossSpec.model_validate({"name": name, "beta": beta, "label_smoothing": asked.label_smoothing})
+    return LossSpec.model_validate({"name": name})
+
+
+def _reference(spec: JobSpec) -> Literal["cached", "live", "none"]:
+    if spec.method.row.reference == "none":
+        return "none"
+    return "cached" if spec.reference == "auto" else spec.reference
+
+
+def _optim(spec: JobSpec) -> OptimSpec:
+    default = spec.method.row.learning_rate * (LORA_FACTOR if spec.lora else 1.0)
+    multiplier = chosen_or(spec.method.hyperparameters.learning_rate_multiplier, 1.0)
+    return OptimSpec(
+        learning_rate=spec.learning_rate if spec.learning_rate is not None else default * multiplier,
+        lr_schedule=spec.lr_schedule,
+        warmup_ratio=spec.warmup_ratio,
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
+    )
+
+
+def _precision(spec: JobSpec) -> Literal["float32", "bfloat16"]:
+    if spec.precision != "auto":
+        return spec.precision
+    return "bfloat16" if spec.resources.gpus_per_worker else "float32"
