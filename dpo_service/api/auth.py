@@ -46,7 +46,7 @@ class Authentication:
         if not self._keys or (path == "/metrics" and self._on_loopback):
             return True
         # Every key is compared, whole, whatever the first one said: the time tells nothing.
-        return any([hmac.compare_digest(token.encode(), key) for key in self._keys])
+        return sum(hmac.compare_digest(token.encode(), key) for key in self._keys) > 0
 
 
 def bearer(headers: Headers) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated
+from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request
 
@@ -26,7 +26,7 @@ class Services:
     clock: Clock
     on_change: Callable[[], None]
     """Called after a commit that gives a reconciler something to do."""
-    creating: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    creating: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     """One lock a request body, so that a retry waits for the request it repeats (idempotency.py)."""
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dpo_service.api.problems import from_error
 from dpo_service.errors import TooLarge
 
 MAX_BODY = 16 << 20
-STREAMED = ("/v1/files", "/v1/uploads")
+STREAMED = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 
 
 class BodyLimit:
@@ -20,7 +23,7 @@ class BodyLimit:
         self._limit = limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith(STREAMED):
+        if scope["type"] != "http" or STREAMED.fullmatch(scope["path"]):
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")
@@ -37,7 +40,8 @@ class BodyLimit:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._limit:
-                raise self._refusal()
+                # The framework turns any other exception met while it reads a body into a 400.
+                raise HTTPException(413, self._refusal().message)
             return message
 
         return receive_counted

@@ -1,6 +1,7 @@
 """Where everything lies, as storage keys. The one place that knows the layout.
 
 files/{file_id}/{name}                      an uploaded file
+uploads/{upload_id}/{part_id}               a part of a file that arrives in parts
 jobs/{job_id}/attempts/{n}/attempt.json     what the runner is given (AttemptSpec)
 jobs/{job_id}/attempts/{n}/result.json      how it ended (RunResult); absent = it died
 jobs/{job_id}/attempts/{n}/spool/           reports, one file a process
@@ -16,6 +17,10 @@ from __future__ import annotations
 
 def file_key(file_id: str, name: str = "content") -> str:
     return f"files/{file_id}/{name}"
+
+
+def upload_part(upload_id: str, part_id: str) -> str:
+    return f"uploads/{upload_id}/{part_id}"
 
 
 def job_dir(job_id: str) -> str:
