@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -113,10 +114,7 @@ def _prepare(store: Store, run: RunSpec, model_dir: Path, digest: str, reporter:
     from dpo_service.train.reference import ReferenceScorer
 
     cached = run.reference.mode == "cached"
-
-    def scorer() -> ReferenceScorer:
-        return ReferenceScorer(str(model_dir), run.precision, run.batch.micro_batch_size)
-
+    scorer = partial(ReferenceScorer, str(model_dir), run.precision, run.batch.micro_batch_size)
     return prepare(
         store,
         run.data,
@@ -126,6 +124,8 @@ def _prepare(store: Store, run: RunSpec, model_dir: Path, digest: str, reporter:
         reporter=reporter,
         scorer=scorer if cached else None,
         reference_digest=digest if cached else None,
+        precision=run.precision,
+        resources=run.resources,
     )
 
 
