@@ -27,6 +27,7 @@ from dpo_service.errors import UserError
 from dpo_service.jobs import cancel, repository, submit
 from dpo_service.jobs.admit import admit
 from dpo_service.jobs.tables import Job
+from dpo_service.registry import files, models
 from dpo_service.specs.job import JobSpec
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
@@ -71,16 +72,22 @@ async def create_job(
 
 
 async def _create(services: Services, once: idempotency.Once, spec: JobSpec) -> dict[str, Any]:
-    admitted = await admit(
+    run, report = await admit(
         spec,
         database=services.database,
         store=services.store,
         cluster=services.cluster,
         settings=services.settings,
+        clock=services.clock,
     )
 
     async def insert(session: AsyncSession) -> tuple[str, dict[str, Any]]:
-        job = await submit.insert(session, admitted.run, spec, admitted.report, clock=services.clock)
+        # Again, now that nobody can delete them: checking the rows took a while.
+        for file_id in filter(None, (spec.training_file, spec.validation_file)):
+            await files.get(session, file_id)
+        if run.model.key is not None:
+            await models.get(session, spec.model)
+        job = await submit.insert(session, run, spec, report, clock=services.clock)
         return job.id, JobObject.of(job).model_dump(mode="json")
 
     return await idempotency.make(services, once, insert)
