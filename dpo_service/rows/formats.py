@@ -99,12 +99,12 @@ def require_kind(found: Format, rows: RowKind) -> None:
         kind = "single answers" if found.rows == "answers" else "rows without a preference between two answers"
         hint = " (or train it with method 'supervised')" if found.rows == "answers" else ""
         raise InvalidData(
-            f"this is a file of {kind} ({found.title}); this method needs pairs: prompt, chosen and rejected, or OpenAI's "
-            f"input, preferred_output and non_preferred_output{hint}"
+            f"this is a file of {kind} ({found.title}); this method needs pairs: prompt, chosen and rejected, or "
+            f"OpenAI's input, preferred_output and non_preferred_output{hint}"
         )
     raise InvalidData(
-        f"this file has no single answer per prompt ({found.title}); method 'supervised' needs `messages` that end with "
-        "the assistant's answer, or `prompt` and `completion`"
+        f"this file has no single answer per prompt ({found.title}); method 'supervised' needs `messages` that end "
+        "with the assistant's answer, or `prompt` and `completion`"
     )
 
 
@@ -138,14 +138,13 @@ def _unrecognised(columns: set[str], line: int) -> InvalidData:
 
 def _unexpected(row: Json, columns: set[str], line: int, expected: Format) -> InvalidData:
     missing = sorted(expected.columns - columns)
+    incomplete = InvalidData(f"the row has no {_listed(missing)}; add it or remove the row", line=line)
     try:
         found = recognise(row, line)
     except InvalidData as error:
-        return (
-            InvalidData(f"the row has no {_listed(missing)}; add it or remove the row", line=line) if missing else error
-        )
+        return incomplete if missing else error
     if missing and found.columns <= expected.columns:
-        return InvalidData(f"the row has no {_listed(missing)}; add it or remove the row", line=line)
+        return incomplete
     return InvalidData(
         f"this row is in another format ({found.title}) than the rows before it ({expected.title}); a file holds one "
         "format, so convert the row or upload two files",
@@ -388,4 +387,4 @@ FORMATS = (
     _format("prompt_only", "prompts without answers", None, "prompt", _always, _prompt_only),
 )
 BY_NAME = {known.name: known for known in FORMATS}
-_PAIR_COLUMNS = frozenset("input preferred_output non_preferred_output chosen rejected".split())
+_PAIR_COLUMNS = frozenset(["input", "preferred_output", "non_preferred_output", "chosen", "rejected"])

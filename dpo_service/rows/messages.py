@@ -96,8 +96,8 @@ def answer_messages(value: object, column: str, line: int) -> list[Message]:
     for message in conversation:
         if message["role"] not in ("assistant", "tool", "function"):
             raise InvalidData(
-                f"`{column}` has a message of role {message['role']!r}; an answer holds the assistant's messages only, and "
-                "both answers of a pair must continue the same conversation",
+                f"`{column}` has a message of role {message['role']!r}; an answer holds the assistant's messages only, "
+                "and both answers of a pair must continue the same conversation",
                 line=line,
             )
     if conversation[0]["role"] != "assistant" or conversation[-1]["role"] != "assistant":

@@ -4,7 +4,8 @@
     step s:   batch s mod steps_per_epoch of epoch s div steps_per_epoch
 
 So an epoch is a fixed sequence, resuming is "the steps after n", and the number of workers changes only who computes
-what. `assign` gives every rank the same number of micro-batches (some may be empty): all make the same collective calls.
+what. `assign` gives every rank the same number of micro-batches (some may be empty), so that all make the same
+collective calls.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class BatchPlan:
         assert 0 <= step < self.total_steps
         epoch, batch = divmod(step, self.steps_per_epoch)
         start = batch * self.batch_size
-        return self._order(epoch)[start : start + self.batch_size].tolist()
+        return [int(row) for row in self._order(epoch)[start : start + self.batch_size]]
 
     def epoch(self, step: int) -> float:
         """Epochs done after `step` steps."""

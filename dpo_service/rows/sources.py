@@ -93,7 +93,7 @@ def _entries_of_kind(path: Path, name: str) -> Iterator[tuple[int, bytes | Json]
         zipped = plain.read(2) == b"\x1f\x8b"
         plain.seek(0)
         # A gzip member's bytes never start a Parquet file or JSON, so the magic number decides, not the name.
-        stream: BinaryIO = gzip.open(plain, "rb") if zipped else plain  # type: ignore[assignment]
+        stream: BinaryIO = gzip.open(plain, "rb") if zipped else plain  # type: ignore[assignment]  # noqa: SIM115
         head = stream.read(4096)
         stream.seek(0)
         if head[:4] == b"PAR1":
