@@ -1,4 +1,4 @@
-"""The migrations make the schema that the tables in the code describe, on both engines, and by one process at a time."""
+"""The migrations make the schema that the tables in the code describe, on both engines, one process at a time."""
 
 from __future__ import annotations
 
