@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from fastapi import Request
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from dpo_service.errors import TooLarge, UserError
@@ -102,13 +102,13 @@ class _Form:
                     "on_end": self._on_end,
                 },
             )
-        except MultipartParseError as error:
+        except FormParserError as error:
             raise UserError(f"the multipart body is malformed: {error}", param="file") from None
 
     def write(self, chunk: bytes) -> None:
         try:
             self._parser.write(chunk)
-        except MultipartParseError as error:
+        except FormParserError as error:
             raise UserError(f"the multipart body is malformed: {error}", param="file") from None
 
     def finish(self) -> Received:
