@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from dpo_service.data.encoding import EncodedFile, Progress, encode_file
 from dpo_service.data.reference import ScorerFactory, add_columns, cache_key, reference_logps
-from dpo_service.data.splits import Mask, hold_out, split_digest, write_split
+from dpo_service.data.splits import split_digest, write_split
 from dpo_service.errors import InvalidData, InvalidSpec
 from dpo_service.manifests.dataset import DatasetManifest, DatasetReport, SplitManifest
 from dpo_service.reports import Reporter
 from dpo_service.rows.check import MIN_ROWS, require_rows
 from dpo_service.rows.facts import decide, report
+from dpo_service.rows.holdout import Mask, hold_out
 from dpo_service.rows.plan import BatchPlan
 from dpo_service.rows.summary import summary
 from dpo_service.rows.template import Tokenizer

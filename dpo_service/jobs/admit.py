@@ -7,7 +7,9 @@ what would fail an hour later on the cluster is refused here, with the field and
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from dpo_service import ids
 from dpo_service.clock import Clock, SystemClock
@@ -19,7 +21,10 @@ from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.registry import files
 from dpo_service.registry.models import resolve
 from dpo_service.registry.tables import File
-from dpo_service.rows.check import check_file
+from dpo_service.rows.check import MIN_ROWS, examine, require_rows
+from dpo_service.rows.facts import Facts, decide, report
+from dpo_service.rows.formats import Format
+from dpo_service.rows.holdout import hold_out
 from dpo_service.rows.template import Tokenizer
 from dpo_service.settings import Settings
 from dpo_service.specs.job import JobSpec
@@ -29,6 +34,13 @@ from dpo_service.storage.store import Store
 
 PURPOSE = "fine-tune"
 NEEDS = {"pairs": "preference pairs", "answers": "prompts with one answer each"}
+
+
+@dataclass(frozen=True)
+class _Usable:
+    report: DatasetReport
+    train_rows: int
+    """Rows left to train on, without those held out for validation."""
 
 
 async def admit(
@@ -56,15 +68,19 @@ async def admit(
     max_length = choices.max_length(spec, model.max_length)
     _require_capacity(spec.resources, await _capacity(cluster))
     tokenizer = await asyncio.to_thread(Tokenizer.load, model.directory)
-    report = await _check(spec, "training_file", training, store, tokenizer, max_length)
-    if validation is not None:
-        await _check(spec, "validation_file", validation, store, tokenizer, max_length)
-    job_id = ids.new_job_id()
+    seed = choices.seed(spec)
+    usable = await asyncio.to_thread(_check_rows, spec, training, validation, store, tokenizer, max_length, seed)
     run = choices.decide(
-        spec, job_id=job_id, source=model.source, training=training, validation=validation, kept=report.kept,
+        spec,
+        job_id=ids.new_job_id(),
+        source=model.source,
+        training=training,
+        validation=validation,
+        rows=usable.train_rows,
         max_length=max_length,
-    )  # fmt: skip
-    return run, report
+        seed=seed,
+    )
+    return run, usable.report
 
 
 async def _file(spec: JobSpec, param: str, file_id: str, database: Database, clock: Clock | None) -> File:
@@ -90,21 +106,61 @@ async def _file(spec: JobSpec, param: str, file_id: str, database: Database, clo
     return file
 
 
-async def _check(
-    spec: JobSpec, param: str, file: File, store: Store, tokenizer: Tokenizer, max_length: int
-) -> DatasetReport:
-    path: Path = store.path(file.key)
-    try:
-        return await asyncio.to_thread(
-            check_file,
-            path,
-            file.name,
-            rows=spec.method.row.rows,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            truncation=spec.truncation,
-            deduplicate=spec.deduplicate,
+def _check_rows(
+    spec: JobSpec,
+    training: File,
+    validation: File | None,
+    store: Store,
+    tokenizer: Tokenizer,
+    max_length: int,
+    seed: int,
+) -> _Usable:
+    """Read both files, and decide as the data stage will which rows are left to train on."""
+
+    def read(param: str, file: File) -> tuple[Facts, Format]:
+        with _blaming(param):
+            return examine(
+                store.path(file.key),
+                file.name,
+                rows=spec.method.row.rows,
+                tokenizer=tokenizer,
+                max_length=max_length,
+                truncation=spec.truncation,
+            )
+
+    held = None
+    if validation is not None:
+        held, found = read("validation_file", validation)
+        with _blaming("validation_file"):
+            require_rows(report(decide(held, deduplicate=spec.deduplicate), found), validation.name, minimum=1)
+    facts, found = read("training_file", training)
+    facts = decide(facts, deduplicate=spec.deduplicate, validation=held)
+    made = report(facts, found)
+    with _blaming("training_file"):
+        require_rows(made, training.name)
+    return _Usable(made, made.kept - _held_out(facts, spec.eval.split, seed, made.kept))
+
+
+def _held_out(facts: Facts, split: float, seed: int, kept: int) -> int:
+    """How many of the training file's rows will validate."""
+    if split == 0:
+        return 0
+    with _blaming("eval.split"):
+        held = int(hold_out(facts, split, seed).sum())
+    if kept - held < MIN_ROWS:
+        raise InvalidData(
+            f"eval.split {split} holds out {held} of {kept} usable rows and leaves {kept - held} to train on, which "
+            f"needs at least {MIN_ROWS}; choose a smaller share, or give a validation_file",
+            param="eval.split",
         )
+    return held
+
+
+@contextmanager
+def _blaming(param: str) -> Iterator[None]:
+    """An error in the rows names the field through which they came."""
+    try:
+        yield
     except InvalidData as error:
         error.param = error.param or param
         raise

@@ -17,7 +17,7 @@ import secrets
 from typing import Literal
 
 from dpo_service import ids
-from dpo_service.errors import InvalidData, InvalidSpec
+from dpo_service.errors import InvalidSpec
 from dpo_service.registry.tables import File
 from dpo_service.specs.base import chosen_or
 from dpo_service.specs.data import DataSpec
@@ -41,17 +41,15 @@ def decide(
     source: ModelSource,
     training: File,
     validation: File | None,
-    kept: int,
+    rows: int,
     max_length: int,
+    seed: int,
 ) -> RunSpec:
-    """The run. `kept` is the number of usable rows in the training file.
+    """The run. `rows` is how many there are to train on.
 
     Raises:
         InvalidSpec: the batch, the workers and the rows do not go together.
-        InvalidData: the validation split leaves nothing to train on.
     """
-    seed = spec.seed if spec.seed is not None else secrets.randbelow(2**31)
-    rows = kept - held_out(kept, spec.eval.split)
     batch = _batch(spec, rows, max_length)
     return RunSpec(
         job_id=job_id,
@@ -75,6 +73,10 @@ def decide(
     )
 
 
+def seed(spec: JobSpec) -> int:
+    return spec.seed if spec.seed is not None else secrets.randbelow(2**31)
+
+
 def max_length(spec: JobSpec, allowed: int) -> int:
     """Tokens of prompt plus answer. Raises InvalidSpec where the model allows fewer than the job asks for."""
     if spec.max_length is None:
@@ -86,25 +88,6 @@ def max_length(spec: JobSpec, allowed: int) -> int:
             param="max_length",
         )
     return spec.max_length
-
-
-def held_out(kept: int, split: float) -> int:
-    """Rows of `kept` that become the validation split.
-
-    Raises:
-        InvalidData: none would be left to train on, or none to validate on.
-    """
-    if split == 0:
-        return 0
-    held = round(kept * split)
-    if held == 0 or held >= kept:
-        side = "validate" if held == 0 else "train"
-        raise InvalidData(
-            f"eval.split {split} of {kept} usable rows leaves none to {side} on; "
-            f"choose one between {1 / kept:.3g} and {1 - 1 / kept:.3g}, or give a validation_file",
-            param="eval.split",
-        )
-    return held
 
 
 def _batch(spec: JobSpec, rows: int, length: int) -> BatchSpec:

@@ -9,7 +9,7 @@ from pathlib import Path
 from dpo_service.errors import InvalidData
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.rows.encode import Dropped, Encoded, encode
-from dpo_service.rows.facts import collect, decide, fact_of, report
+from dpo_service.rows.facts import Facts, collect, decide, fact_of, report
 from dpo_service.rows.formats import Format, Row, Text, normalise, recognise, require_kind
 from dpo_service.rows.messages import Message
 from dpo_service.rows.sources import read_rows
@@ -46,6 +46,25 @@ def check_file(
     Raises:
         InvalidData: the first row that cannot be trained on, with its line and the mend.
     """
+    facts, found = examine(
+        path, name, rows=rows, tokenizer=tokenizer, max_length=max_length, truncation=truncation, full=full
+    )
+    made = report(decide(facts, deduplicate=deduplicate), found)
+    require_rows(made, name)
+    return made
+
+
+def examine(
+    path: Path,
+    name: str,
+    *,
+    rows: RowKind | None = None,
+    tokenizer: Tokenizer | None = None,
+    max_length: int | None = None,
+    truncation: Truncation = "refuse",
+    full: bool = False,
+) -> tuple[Facts, Format]:
+    """The facts of every row, before rows are compared with each other (`facts.decide`). As `check_file` otherwise."""
     counter = _Counter(tokenizer, max_length, truncation, full) if tokenizer is not None else None
     found: Format | None = None
 
@@ -59,11 +78,9 @@ def check_file(
             row = normalise(raw, line, found)
             yield fact_of(row, counter.count(row) if counter else None)
 
-    facts = decide(collect(entries()), deduplicate=deduplicate)
+    facts = collect(entries())
     assert found is not None
-    made = report(facts, found)
-    require_rows(made, name)
-    return made
+    return facts, found
 
 
 def require_rows(made: DatasetReport, name: str, minimum: int = MIN_ROWS) -> None:
