@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_service.checkpoint.format import ADAPTER, MODEL, STATE, verify
+from dpo_service.checkpoint.format import ADAPTER, MODEL, STATE, read_manifest, verify
 from dpo_service.errors import CheckpointError
 from dpo_service.manifests.checkpoint import CheckpointManifest
 from dpo_service.storage import paths
@@ -50,3 +50,9 @@ def newest_valid(store: Store, job_id: str) -> Checkpoint | None:
         except CheckpointError as error:
             log.warning("checkpoint passed over: %s", error.message)
     return None
+
+
+def opened(store: Store, job_id: str, step: int) -> Checkpoint:
+    """The checkpoint of `step`, which another process has verified; only its manifest is checked again."""
+    key = paths.checkpoint_dir(job_id, step)
+    return Checkpoint(key, store.path(key), read_manifest(store.path(key)))

@@ -1,0 +1,97 @@
+"""AdamW and its schedule, as transformers' Trainer builds them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dpo_service.errors import NonFiniteLoss
+from dpo_service.specs.optim import LrSchedule, OptimSpec
+
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.AdamW:
+    """AdamW over what is trained; biases and norms are not decayed."""
+    in_norms = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    decayed, free = [], []
+    for name, parameter in trained_parameters(model).items():
+        spared = name in in_norms or _NO_DECAY.search(name.lower())
+        (free if spared else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=spec.learning_rate, betas=spec.betas, eps=spec.eps
+    )
+
+
+def warmup_steps(spec: OptimSpec, total_steps: int) -> int:
+    return math.ceil(total_steps * spec.warmup_ratio)
+
+
+def learning_rate(spec: OptimSpec, step: int, total_steps: int) -> float:
+    """The learning rate of the step numbered `step` from 0. A function, so there is no schedule state to lose."""
+    return spec.learning_rate * _factor(spec.lr_schedule, step, warmup_steps(spec, total_steps), total_steps)
+
+
+def _factor(schedule: LrSchedule, step: int, warmup: int, total: int) -> float:
+    if step < warmup:
+        return step / max(1, warmup)
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, total - warmup)
+    if schedule == "linear":
+        return max(0.0, 1.0 - progress)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, *, step: int) -> float:
+    """Scale the gradients so that their global norm is at most `max_norm`; returns the norm before.
+
+    Raises:
+        NonFiniteLoss: the norm is infinite or not a number; nothing was changed.
+    """
+    trained = list(parameters)
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    require_finite(norm, "gradient norm", step)
+    nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+    return float(norm)
+
+
+def require_finite(value: Tensor | float, what: str, step: int) -> None:
+    """Raises NonFiniteLoss, before the optimizer moves. `step` counts from 1, as in reports."""
+    if not math.isfinite(float(value)):
+        raise NonFiniteLoss(
+            f"step {step}: the {what} is {float(value)}; the weights are as after step {step - 1}. "
+            "Lower learning_rate, or train with precision float32"
+        )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name: `{name}|exp_avg`, `{name}|exp_avg_sq`, `{name}|step`."""
+    return {
+        f"{name}|{slot}": value
+        for name, parameter in trained_parameters(model).items()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave, on the parameters' devices (step counts stay on the CPU)."""
+    parameters = trained_parameters(model)
+    for key, value in tensors.items():
+        name, slot = key.rsplit("|", 1)
+        parameter = parameters[name]
+        optimizer.state[parameter][slot] = value.clone() if slot == "step" else value.to(parameter.device, copy=True)

@@ -1,0 +1,139 @@
+"""The model that is trained: loading it, its adapter, and writing it out as others load it."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_service.specs.adapter import LoraSpec
+from dpo_service.train.logprobs import split_head
+
+COPIED = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates",
+    "generation_config.json",
+)
+"""What of a base model's directory its descendants keep: the tokenizer, its templates, how to generate."""
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> Any:
+    """A causal language model in float32, without dropout. Safetensors only; no code from the model is run."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+    model = model.eval().to(device)
+    split_head(model)
+    return model
+
+
+def add_adapter(model: Any, spec: LoraSpec, seed: int) -> Any:
+    """`model` under a fresh LoRA adapter, the base frozen. The adapter's start is a function of `seed`."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=list(spec.target_modules) if spec.target_modules else "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config).eval()
+
+
+def load_adapter(model: Any, adapter: Path) -> Any:
+    """`model` under the adapter saved in `adapter`, to be trained on."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(adapter), is_trainable=True).eval()
+
+
+def base_of(policy: Any) -> Any:
+    """The transformers model itself, adapters inside its layers."""
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """float32, or bfloat16 arithmetic over float32 weights."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@contextmanager
+def adapter_dropout(policy: nn.Module, seed: int) -> Iterator[None]:
+    """Within, the adapter's dropout is on and drawn from `seed`. The model's own dropout is off throughout: the
+    implicit reward compares with a reference that has none."""
+    layers = [module for name, module in policy.named_modules() if "lora_dropout" in name]
+    torch.manual_seed(seed)
+    for layer in layers:
+        layer.train()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.eval()
+
+
+def merged_state(policy: Any) -> dict[str, Tensor]:
+    """The weights by their names in the base model, adapters added in. The policy itself is not touched, because
+    merging and unmerging does not give back the same bits."""
+    base = base_of(policy)
+    if base is policy:
+        return dict(base.state_dict())
+    state = {
+        name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items() if ".lora_" not in name
+    }
+    for name, module in base.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            weight = module.get_base_layer().weight
+            delta = sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
+            state[f"{name}.weight"] = (weight + delta).to(weight.dtype)
+    return state
+
+
+@torch.no_grad()
+def export_model(policy: Any, base_dir: Path, directory: Path, dtype: torch.dtype) -> None:
+    """Write a Hugging Face directory that transformers and vLLM load: weights in `dtype`, configuration, tokenizer."""
+    base = base_of(policy)
+    config = copy.deepcopy(base.config)
+    config.dtype = dtype
+    with torch.device("meta"):
+        shell = type(base)(config)
+    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in merged_state(policy).items()}
+    shell.load_state_dict(state, assign=True)
+    shell.tie_weights()
+    shell.generation_config = base.generation_config
+    shell.save_pretrained(directory)
+    copy_tokenizer(base_dir, directory)
+
+
+def export_adapter(policy: Any, directory: Path, base_name: str) -> None:
+    """Write the adapter alone in peft's layout, float32."""
+    policy.peft_config["default"].base_model_name_or_path = base_name
+    policy.save_pretrained(directory, save_embedding_layers=False)
+
+
+def copy_tokenizer(base_dir: Path, directory: Path) -> None:
+    for pattern in COPIED:
+        for path in base_dir.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, directory / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, directory / path.name)

@@ -1,0 +1,68 @@
+"""The process group as the loop sees it; with one process every operation is the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+BUCKET_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """`rank` of `world` processes, computing on `device`. With world > 1 torch.distributed is initialised."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = CPU
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over ranks, in float64."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(value) for value in total.tolist()]
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum gradients over ranks in place, float32, in buckets.
+
+        A sum and not a mean, because each rank's loss is already divided by the whole step's rows. A rank that had no
+        rows in this step takes part with zeros.
+        """
+        if self.world == 1:
+            return
+        trained = list(parameters)
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets([parameter.grad for parameter in trained if parameter.grad is not None]):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            dist.all_reduce(flat)
+            for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = [[]]
+    size = 0
+    for gradient in gradients:
+        if size > BUCKET_BYTES:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(gradient)
+        size += gradient.numel() * gradient.element_size()
+    return buckets

@@ -1,0 +1,192 @@
+"""Training under Ray Train: the only file of this package that knows Ray.
+
+    fit (driver, inside the job) ── TorchTrainer ──> n workers ── gloo | nccl ──> loop.train
+         └<── train.json in storage <── rank 0: the outcome, or the error that must not be retried
+
+Workers are given storage keys and read everything themselves. A worker that dies ends its group; Ray Train starts a new
+one, which goes on from the newest checkpoint that verifies, as a new attempt after a killed driver does: one mechanism,
+ours (`checkpoint.load`), and Ray's own checkpoint bookkeeping stays out of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from dpo_service.checkpoint.format import digest_of
+from dpo_service.errors import CheckpointError, DpoServiceError, NonFiniteLoss, TrainingError
+from dpo_service.ids import random_suffix, submission_id
+from dpo_service.manifests.dataset import DatasetManifest
+from dpo_service.reports import Reporter
+from dpo_service.specs.base import Spec
+from dpo_service.specs.resources import ResourceSpec
+from dpo_service.specs.run import AttemptSpec
+from dpo_service.storage import paths
+from dpo_service.storage.store import Store
+from dpo_service.train.loop import TrainOutcome, train
+from dpo_service.train.ranks import Ranks
+
+MAX_WORKER_FAILURES = 3
+HEALTH_CHECK_S = "0.5"
+"""How often Ray Train looks after its workers: a dead one is seen within it, and a start is not held up by it."""
+
+_ERRORS: dict[str, type[DpoServiceError]] = {
+    "NonFiniteLoss": NonFiniteLoss,
+    "CheckpointError": CheckpointError,
+    "TrainingError": TrainingError,
+}
+
+
+class WorkerResult(Spec):
+    """What rank 0 leaves for the driver: an outcome, or an error."""
+
+    outcome: dict[str, Any] | None = None
+    error: Literal["NonFiniteLoss", "CheckpointError", "TrainingError"] | None = None
+    message: str = ""
+
+
+class WorkerConfig(Spec):
+    """What a worker is told. It is visible in Ray's metadata, so it holds names and places, no secrets."""
+
+    root: str
+    job_id: str
+    attempt: int
+    dataset: DatasetManifest
+    model_dir: str
+    base_digest: str
+
+
+def fit(store: Store, attempt: AttemptSpec, dataset: DatasetManifest, model_dir: Path) -> TrainOutcome:
+    """Train the run of `attempt` on its workers, resuming where an earlier attempt stopped; blocks until it ends.
+
+    The attempt's spec lies in storage (`paths.attempt_spec`); every worker can read the storage root and `model_dir`.
+
+    Raises:
+        NonFiniteLoss, CheckpointError, TrainingError: as `loop.train`.
+        TrainingError: workers died more than `MAX_WORKER_FAILURES` times.
+    """
+    run = attempt.run
+    store.delete(_result_key(run.job_id, attempt.attempt))
+    config = WorkerConfig(
+        root=str(store.root),
+        job_id=run.job_id,
+        attempt=attempt.attempt,
+        dataset=dataset,
+        model_dir=str(model_dir),
+        base_digest=digest_of(model_dir),
+    )
+    _run_workers(config, run.resources)
+    result = store.read_model(_result_key(run.job_id, attempt.attempt), WorkerResult)
+    if result.error is not None:
+        raise _ERRORS[result.error](result.message)
+    return TypeAdapter(TrainOutcome).validate_python(result.outcome)
+
+
+def _run_workers(config: WorkerConfig, resources: ResourceSpec) -> None:
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_S)
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    _start_ray()
+    store = Store(config.root)
+    on_gpu = resources.gpus_per_worker > 0
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"config": config.model_dump_json()},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if on_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=random_suffix(8),
+            storage_path=str(store.path(f"{paths.attempt_dir(config.job_id, config.attempt)}/ray")),
+            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise TrainingError(f"the training workers failed: {_first_cause(error)}") from error
+
+
+def work(loop_config: dict[str, Any]) -> None:
+    """One rank. What retrying cannot mend is left in storage and not raised, so that Ray Train does not retry it."""
+    config = WorkerConfig.model_validate_json(loop_config["config"])
+    store = Store(config.root)
+    ranks = _ranks()
+    try:
+        outcome = _train(config, store, ranks)
+    except (NonFiniteLoss, CheckpointError, TrainingError) as error:
+        result = WorkerResult(error=type(error).__name__, message=error.message)  # type: ignore[arg-type]
+    else:
+        result = WorkerResult(outcome=asdict(outcome))
+    if ranks.first:
+        store.write_model(_result_key(config.job_id, config.attempt), result)
+
+
+def _train(config: WorkerConfig, store: Store, ranks: Ranks) -> TrainOutcome:
+    attempt = store.read_model(paths.attempt_spec(config.job_id, config.attempt), AttemptSpec)
+    stop_flag = store.path(paths.stop_flag(config.job_id, config.attempt))
+    reporter = _reporter(store, attempt) if ranks.first else None
+    try:
+        return train(
+            attempt.run,
+            config.dataset,
+            Path(config.model_dir),
+            store=store,
+            base_digest=config.base_digest,
+            ranks=ranks,
+            reports=reporter,
+            stop=stop_flag.exists,
+        )
+    finally:
+        if reporter is not None:
+            reporter.close()
+
+
+def _reporter(store: Store, attempt: AttemptSpec) -> Reporter:
+    run = attempt.run
+    base = attempt.report_url
+    url = f"{base.rstrip('/')}/internal/attempts/{submission_id(run.job_id, attempt.attempt)}/reports" if base else None
+    directory = store.path(paths.spool_dir(run.job_id, attempt.attempt))
+    return Reporter(directory, f"train-{random_suffix(6)}", url=url, token=attempt.report_token)
+
+
+def _ranks() -> Ranks:
+    """This process's place, its device, and its share of the machine's cores."""
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    context = ray.train.get_context()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    return Ranks(context.get_world_rank(), context.get_world_size(), get_device())
+
+
+def _start_ray() -> None:
+    """Join the cluster of the job we run in (RAY_ADDRESS), unless an earlier stage has."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.ERROR)
+
+
+def _first_cause(error: BaseException) -> str:
+    """The last line of what the first worker said, or of the error itself."""
+    failures = getattr(error, "worker_failures", None) or {}
+    text = str(next(iter(failures.values()), error)).strip()
+    return text.splitlines()[-1] if text else type(error).__name__
+
+
+def _result_key(job_id: str, attempt: int) -> str:
+    return f"{paths.attempt_dir(job_id, attempt)}/train.json"

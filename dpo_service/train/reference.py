@@ -1,0 +1,91 @@
+"""The policy that the loss measures against: the initial one, always.
+
+Shapes: P pairs, S = 2P sequences, chosen first. Log-probabilities are float32 sums over the answer's tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from dpo_service.errors import TrainingError
+from dpo_service.train.batch import MicroBatch, collate
+from dpo_service.train.logprobs import completion_logps
+from dpo_service.train.policy import autocast, base_of, load_model
+from dpo_service.train.rows import RowTable
+
+Reference = Callable[[MicroBatch], tuple[Tensor, Tensor] | None]
+"""Chosen and rejected log-probabilities of a micro-batch, [P] each; None for losses without a reference."""
+
+
+def no_reference(batch: MicroBatch) -> None:
+    return None
+
+
+def cached_reference(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """As computed by the data stage."""
+    if batch.ref_chosen_P is None or batch.ref_rejected_P is None:
+        raise TrainingError("the dataset holds no reference log-probabilities, and the job says they are cached")
+    return batch.ref_chosen_P, batch.ref_rejected_P
+
+
+class LiveReference:
+    """Computed beside the policy: by a frozen copy, or by the policy itself with its adapter off."""
+
+    def __init__(self, model: Any, precision: str) -> None:
+        self._model = model
+        self._precision = precision
+
+    @torch.no_grad()
+    def __call__(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        adapter_off = getattr(self._model, "disable_adapter", contextlib.nullcontext)
+        with adapter_off(), autocast(batch.input_ids_BL.device, self._precision):
+            logps_S = completion_logps(base_of(self._model), batch).logps_S
+        return logps_S[: batch.rows], logps_S[batch.rows :]
+
+
+def build_reference(mode: str, policy: Any, model_dir: Path, precision: str, device: torch.device) -> Reference:
+    """`mode` as in ReferenceSpec. The frozen copy is loaded from the job's own start, never from resumed weights."""
+    if mode == "none":
+        return no_reference
+    if mode == "cached":
+        return cached_reference
+    if base_of(policy) is not policy:
+        return LiveReference(policy, precision)
+    return LiveReference(load_model(model_dir, device).requires_grad_(False), precision)
+
+
+class ReferenceScorer:
+    """Reference log-probabilities for the data stage: a callable class for an actor pool; needs no Ray itself.
+
+    It uses as many threads as OMP_NUM_THREADS says, and a GPU where it is given one.
+    """
+
+    def __init__(self, model_dir: str, precision: str, micro_batch_size: int) -> None:
+        if threads := os.environ.get("OMP_NUM_THREADS"):
+            torch.set_num_threads(int(threads))
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._reference = LiveReference(load_model(Path(model_dir), self._device).requires_grad_(False), precision)
+        self._micro_batch_size = micro_batch_size
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """`batch` (columns prompt, chosen, rejected: lists of token ids) with float32 columns ref_chosen,
+        ref_rejected added. Rows of like length are computed together; their order stays."""
+        rows = RowTable(batch)
+        scores = np.zeros((2, len(rows)), dtype=np.float32)
+        order = np.argsort(rows.lengths, kind="stable")
+        for start in range(0, len(order), self._micro_batch_size):
+            indices = order[start : start + self._micro_batch_size]
+            chosen_P, rejected_P = self._reference(collate(rows.take(indices)).to(self._device))
+            scores[:, indices] = torch.stack([chosen_P, rejected_P]).cpu().numpy()
+        for name, column in zip(("ref_chosen", "ref_rejected"), scores, strict=True):
+            batch = batch.append_column(name, pa.array(column, pa.float32()))
+        return batch

@@ -1,0 +1,108 @@
+"""One training step: micro-batches in, weights moved, sums out.
+
+    for each micro-batch of this rank:  forward -> loss / (rows of the WHOLE step) -> backward
+    sums over ranks -> finite? -> gradients summed over ranks -> finite? -> clip -> AdamW
+
+Shapes: P pairs, S sequences (2P, chosen first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_service.specs.run import RunSpec
+from dpo_service.train import metrics
+from dpo_service.train.batch import MicroBatch
+from dpo_service.train.logprobs import Completions, completion_logps
+from dpo_service.train.losses import LOSSES, LossInputs
+from dpo_service.train.optim import clip_gradients, learning_rate, require_finite, trained_parameters
+from dpo_service.train.policy import adapter_dropout, autocast, base_of
+from dpo_service.train.ranks import Ranks
+from dpo_service.train.reference import Reference
+
+
+@dataclass
+class TrainState:
+    """What a step works on and moves."""
+
+    run: RunSpec
+    policy: Any
+    """The model, or the peft model around it; weights float32."""
+    reference: Reference
+    optimizer: torch.optim.Optimizer
+    ranks: Ranks
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    sums: dict[str, float]
+    """metrics sums over all ranks"""
+    grad_norm: float
+    learning_rate: float
+
+
+def train_step(state: TrainState, step: int, batches: Sequence[MicroBatch], divisor: float) -> StepResult:
+    """Step number `step`, from 0, on this rank's `batches` (may be none); `divisor` is that of the step over all ranks.
+
+    Raises:
+        NonFiniteLoss: on every rank, before any weight moved.
+    """
+    paired = state.run.loss.name != "sft"
+    sums = metrics.empty(paired)
+    with adapter_dropout(state.policy, _seed(state.run.seed, step, state.ranks.rank)):
+        for batch in batches:
+            metrics.add(sums, _accumulate(state, batch.to(state.ranks.device), divisor))
+    sums = metrics.reduce(sums, state.ranks)
+    require_finite(sums["loss"], "loss", step + 1)
+    parameters = list(trained_parameters(state.policy).values())
+    state.ranks.sum_gradients(parameters)
+    norm = clip_gradients(parameters, state.run.optim.max_grad_norm, step=step + 1)
+    rate = learning_rate(state.run.optim, step, state.total_steps)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return StepResult(sums, norm, rate)
+
+
+@torch.no_grad()
+def evaluate_batch(state: TrainState, batch: MicroBatch) -> dict[str, float]:
+    """The sums of one micro-batch of the validation split on this rank."""
+    return _forward(state, batch.to(state.ranks.device))[1]
+
+
+def _accumulate(state: TrainState, batch: MicroBatch, divisor: float) -> dict[str, float]:
+    loss_P, sums = _forward(state, batch)
+    (loss_P.sum() / divisor).backward()  # type: ignore[no-untyped-call]
+    return sums
+
+
+def _forward(state: TrainState, batch: MicroBatch) -> tuple[Tensor, dict[str, float]]:
+    with autocast(state.ranks.device, state.run.precision):
+        completions = completion_logps(base_of(state.policy), batch)
+    inputs = loss_inputs(batch, completions, state.reference(batch))
+    loss_P = LOSSES[state.run.loss.name](inputs, state.run.loss)
+    return loss_P, metrics.of_batch(batch, completions, inputs, loss_P, state.run.loss.beta)
+
+
+def loss_inputs(batch: MicroBatch, completions: Completions, reference: tuple[Tensor, Tensor] | None) -> LossInputs:
+    logps_S, tokens_S, rows = completions.logps_S, batch.lengths_S, batch.rows
+    return LossInputs(
+        chosen_P=logps_S[:rows],
+        chosen_tokens_P=tokens_S[:rows],
+        rejected_P=logps_S[rows:] if batch.paired else None,
+        rejected_tokens_P=tokens_S[rows:] if batch.paired else None,
+        ref_chosen_P=reference[0] if reference else None,
+        ref_rejected_P=reference[1] if reference else None,
+    )
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    """Randomness is a function of where we are, so a resumed run needs no generator state."""
+    return (seed * 1_000_003 + step * 8_191 + rank) % 2**63
