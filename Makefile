@@ -77,10 +77,10 @@ lint: install-dev ## ruff, mypy strict, import-linter
 	$(BIN)/lint-imports
 
 test: lint ## Everything a change must pass
-	RAY_AUTH_MODE=disabled $(BIN)/pytest -m 'not long and not gpu' $(TESTS)
+	$(BIN)/pytest -m 'not long and not gpu' $(TESTS)
 
 test-long: install-dev ## The tests that take minutes to hours
-	RAY_AUTH_MODE=disabled $(BIN)/pytest -m long --timeout 7200 tests
+	$(BIN)/pytest -m long --timeout 7200 tests
 
 bench: install-dev ## Losses and speed beside TRL's DPOTrainer
 	$(BIN)/python -m benchmarks.trl_parity

@@ -32,7 +32,7 @@ def find_url(url: str | None, data_dir: Path | None) -> str:
         return given.rstrip("/").removesuffix("/v1")
     try:
         return str(json.loads(((data_dir or default_data_dir()) / SERVICE_FILE).read_text())["url"]).rstrip("/")
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return DEFAULT_URL
 
 

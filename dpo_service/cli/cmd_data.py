@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
 BAR = 40
 
 
+class TooLong(StrEnum):
+    """What becomes of an answer that is too long."""
+
+    REFUSE = "refuse"
+    CUT = "cut"
+    DROP = "drop"
+
+
 def register(app: typer.Typer) -> None:
     data = typer.Typer(help="Look at files of training rows.", no_args_is_help=True)
     data.command("check")(check)
@@ -31,24 +40,20 @@ def check(
         str | None, typer.Option(help="Count tokens as this model does: a directory, or a hub id.")
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of prompt plus answer.")] = None,
-    truncation: Annotated[
-        str, typer.Option(help="What of an answer that is too long: refuse, cut or drop.")
-    ] = "refuse",
+    truncation: Annotated[TooLong, typer.Option(help="What becomes of an answer that is too long.")] = TooLong.REFUSE,
     as_json: AsJson = False,
 ) -> None:
     """Check a file of training rows and report on it. Nothing is sent anywhere. Exit code 3: it is refused."""
     from dpo_service.errors import UserError
     from dpo_service.rows.check import check_file
 
-    if truncation not in ("refuse", "cut", "drop"):
-        raise CliError(f"--truncation {truncation}: it is refuse, cut or drop", ExitCode.USAGE)
     if not file.is_file():
         raise CliError(f"there is no file {file}", ExitCode.USAGE)
     tokenizer = load_tokenizer(model) if model else None
     try:
         report = check_file(
-            file, file.name, tokenizer=tokenizer, max_length=max_length, truncation=truncation, full=True
-        )  # type: ignore[arg-type]
+            file, file.name, tokenizer=tokenizer, max_length=max_length, truncation=truncation.value, full=True
+        )
     except UserError as error:
         raise CliError(f"{file}: {error.message}", ExitCode.REFUSED) from None
     if as_json:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from typing import Annotated, Any
 
 import typer
@@ -41,7 +43,9 @@ def up(
         raise CliError(_first_problem(error), ExitCode.USAGE) from None
     from dpo_service import main
 
-    code = main.up(settings, detach=detach)
+    # With --json, stdout is for the one object; the ready line of a service in the foreground is for people.
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        code = main.up(settings, detach=detach)
     if as_json and detach and code == 0:
         _print_service(settings.data_dir)
     return code
@@ -55,7 +59,8 @@ def down(data_dir: DataDir = None, as_json: AsJson = False) -> int:
     from dpo_service import main
 
     directory = data_dir or default_data_dir()
-    code = main.down(directory)
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        code = main.down(directory)
     if as_json:
         from dpo_service.cli.output import print_json
 

@@ -72,7 +72,9 @@ def _write_tokenizer(directory: Path, texts: Iterable[str]) -> dict[str, int]:
 def _write_model(directory: Path, tokens: dict[str, int], seed: int) -> int:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         tie_word_embeddings=True,

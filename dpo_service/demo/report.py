@@ -48,8 +48,8 @@ def show(outcome: Outcome) -> None:
     out.print()
     out.print(_numbers(outcome))
     out.print(
-        "[dim]Reward: beta x how much likelier (in nats) an answer has become than under the model before DPO. Before DPO "
-        "the two are the same, so no answer is preferred: accuracy one half, margin 0.[/dim]"
+        "[dim]Reward: beta x how much likelier (in nats) an answer is than under the model before DPO. Before DPO the "
+        "two are the same, so no answer is preferred: accuracy one half, margin 0.[/dim]"
     )
     out.print()
     out.print(_answers(outcome.samples))
