@@ -13,7 +13,8 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,21 @@ def ray_cluster() -> Iterator[LocalCluster]:
     data_dir = Path(tempfile.mkdtemp(prefix="dpo-tests-"))
     cluster = LocalCluster(data_dir, num_cpus=CPUS)
     try:
-        asyncio.run(_start_and_let_go(cluster))
+        _in_a_loop_of_its_own(_start_and_let_go(cluster))
         yield cluster
     finally:
         memory = processes.shared_memory(processes.belonging(cluster.temp_dir))
-        asyncio.run(cluster.shutdown())
+        _in_a_loop_of_its_own(cluster.shutdown())
         shutil.rmtree(data_dir, ignore_errors=True)
     assert processes.belonging(cluster.temp_dir) == []
     assert not cluster.temp_dir.exists()
     assert [path for path in memory if path.exists()] == []
+
+
+def _in_a_loop_of_its_own(work: Coroutine[Any, Any, None]) -> None:
+    """In a thread: an async test or fixture may be the first to ask for the cluster, and its loop is running."""
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(asyncio.run, work).result()
 
 
 async def _start_and_let_go(cluster: LocalCluster) -> None:

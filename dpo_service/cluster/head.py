@@ -1,7 +1,8 @@
 """The daemons of a Ray head on this machine: started once, found again by later processes, ended on request.
 
     <data_dir>/ray/            token (0600), state.json, start.log, gcs/ (Ray's own database), serve_used
-    <temp>/dpo-<8 hex>/        Ray's session: sockets, logs, spilled objects (socket paths end at 107 bytes: short)
+    <temp>/dpo-<8 hex>/        0700; r/ is Ray's: sockets, logs, spilled objects (socket paths end at 107 bytes: short),
+                               tmp/ holds temporary files of jobs and served models
 
 Everything listens on the loopback interface, behind Ray's token authentication, and outlives the process that
 started it. With Ray's database on disk a head that was killed comes back with its jobs and served models.
@@ -31,11 +32,10 @@ from dpo_service.cluster import processes
 from dpo_service.errors import ClusterError
 
 START_TIMEOUT_S = 120.0
-LONGEST_TEMP = 30
+LONGEST_TEMP = 24
 """Bytes of the temporary folder's own path that leave room for the longest socket path Ray makes in it."""
 PORT_RANGE = (20000, 32000)
 """Below the ephemeral ports: a connection of somebody else must not take a remembered port."""
-DAEMONS = ("gcs_server", "raylet")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class HeadState:
     @property
     def alive(self) -> bool:
         """Whether both daemons run. One alone is a head in ruins."""
-        return all(processes.started_at(self.pids[name]) == self.started[name] for name in DAEMONS)
+        return all(processes.started_at(self.pids[name]) == self.started[name] for name in processes.DAEMONS)
 
 
 class Head:
@@ -130,7 +130,7 @@ class Head:
         (self.temp_dir / "tmp").mkdir(exist_ok=True)
         status, log = self._run(_command(ports, self.temp_dir, self._num_cpus), ports)
         pids = _daemons(self.temp_dir)
-        if status != 0 or set(pids) != set(DAEMONS):
+        if status != 0 or set(pids) != set(processes.DAEMONS):
             processes.end(self.temp_dir)
             raise ClusterError(f"Ray did not start on this machine (exit {status}): {_tail(log)}")
         started = {name: processes.started_at(pid) or 0.0 for name, pid in pids.items()}
@@ -192,7 +192,8 @@ def _command(ports: Ports, temp_dir: Path, num_cpus: int | None) -> list[str]:
         "--min-worker-port": 0,
         "--max-worker-port": 0,
         "--object-store-memory": _object_store_bytes(),
-        "--temp-dir": temp_dir,
+        # Ray opens its directory to everybody; ours around it is closed.
+        "--temp-dir": temp_dir / "r",
         "--include-dashboard": "true",
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats"]
@@ -261,7 +262,9 @@ def _is_free(port: int) -> bool:
 
 
 def _daemons(temp_dir: Path) -> dict[str, int]:
-    return {process.name(): process.pid for process in processes.belonging(temp_dir) if process.name() in DAEMONS}
+    """Those that are there, by name."""
+    found = ((process.name(), process.pid) for process in processes.belonging(temp_dir))
+    return {name: pid for name, pid in found if name in processes.DAEMONS}
 
 
 def _tail(log: Path) -> str:

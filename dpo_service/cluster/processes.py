@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 MARK = "DPO_RAY_HEAD"
 """Environment variable that every process of the head inherits; its value is the head's directory."""
-GRACE_S = 4.0
+DAEMONS = ("gcs_server", "raylet")
+GRACE_S = 2.0
+"""For jobs and served models to end in order. Their checkpoints are whole or absent at any moment."""
+REAP_S = 5.0
 ROUNDS = 5
 
 
@@ -34,19 +38,19 @@ def belonging(directory: Path) -> list[psutil.Process]:
 def end(directory: Path) -> None:
     """SIGTERM, then SIGKILL, until none is left; then the shared memory they had mapped.
 
+    The daemons get no SIGTERM: each would wait for the others, and their files are removed or recovered anyway.
     Raises RuntimeError if some survive.
     """
-    memory: set[Path] = set()
-    for attempt in range(ROUNDS):
-        processes = belonging(directory)
-        if not processes:
+    found = belonging(directory)
+    memory = shared_memory(found)
+    _terminate([process for process in found if _name(process) not in DAEMONS])
+    for _ in range(ROUNDS):
+        if not (left := belonging(directory)):
             break
-        memory |= shared_memory(processes)
-        _terminate(processes, grace=GRACE_S if attempt == 0 else 0.0)
+        memory |= shared_memory(left)
+        _kill(left)
     else:
-        left = [f"{process.pid}" for process in belonging(directory)]
-        if left:
-            raise RuntimeError(f"processes of Ray in {directory} do not end: {', '.join(left)}")
+        raise RuntimeError(f"processes of Ray in {directory} do not end: {[process.pid for process in left]}")
     for path in memory - shared_memory(psutil.process_iter()):
         path.unlink(missing_ok=True)
 
@@ -80,19 +84,25 @@ def environment(pid: int) -> dict[str, str]:
         return {}
 
 
-def _terminate(processes: list[psutil.Process], grace: float) -> None:
-    for process in _gone_is_fine(processes):
-        process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=grace)
-    for process in _gone_is_fine(alive):
-        process.kill()
-    psutil.wait_procs(alive, timeout=GRACE_S)
-
-
-def _gone_is_fine(processes: Iterable[psutil.Process]) -> Iterator[psutil.Process]:
+def _terminate(processes: list[psutil.Process]) -> None:
     for process in processes:
-        if process.is_running():
-            yield process
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    psutil.wait_procs(processes, timeout=GRACE_S)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=REAP_S)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return str(process.name())
+    except psutil.Error:
+        return ""
 
 
 def _belongs(process: psutil.Process, directory: Path) -> bool:

@@ -85,7 +85,7 @@ class Real:
 Backend = Fake | Real
 
 
-@pytest.fixture(params=["fake", pytest.param("local", marks=pytest.mark.ray), pytest.param("ray_jobs", marks=pytest.mark.ray)])  # fmt: skip  # noqa: E501
+@pytest.fixture(params=["fake", *(pytest.param(kind, marks=pytest.mark.ray) for kind in ("local", "ray_jobs"))])
 async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
     if request.param == "fake":
         yield Fake()

@@ -78,10 +78,11 @@ async def test_a_killed_head_comes_back_with_its_jobs_and_then_ends_without_a_tr
         assert (await _ended(cluster, "before")).succeeded
         await cluster.submit("after", CONNECTS, {}, {})
         assert (await _ended(cluster, "after")).succeeded
-        # Half dead, and not known to be ours by anything but its mark.
+        await cluster.close()
+        # The end of a head in ruins, by a process that never started one.
         os.kill(cluster.head_pid, signal.SIGKILL)
     finally:
-        await LocalCluster(tmp_path).shutdown()
         await cluster.close()
+        await LocalCluster(tmp_path).shutdown()
     assert processes.belonging(cluster.temp_dir) == []
     assert not Head(tmp_path).folder.exists()
