@@ -46,7 +46,12 @@ MEANING = {
 
 def docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's `responses` for a route that may answer these (400 and 401 always may)."""
-    return {s: {"model": ProblemBody, "description": MEANING[s]} for s in sorted({400, 401, *statuses})}
+    # `content` too: a route that answers with text still says its errors in JSON.
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/ProblemBody"}}}
+    return {
+        status: {"model": ProblemBody, "description": MEANING[status], "content": content}
+        for status in sorted({400, 401, *statuses})
+    }
 
 
 def respond(

@@ -48,7 +48,7 @@ EVENTS_DOCS: dict[int | str, dict[str, Any]] = {
     200: {
         "model": EventList,
         "description": "A page, newest first; with stream=true the events as they come",
-        "content": {MEDIA_TYPE: {"schema": {"type": "string"}}},
+        "content": {MEDIA_TYPE: {}},
     }
 }
 TEXT_DOCS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}

@@ -88,7 +88,7 @@ class JobObject(Wire):
             estimated_finish=unix(finish) if finish else None,
             model=spec.model,
             fine_tuned_model=job.fine_tuned_model,
-            status=OPENAI_STATUS[job.job_state],  # type: ignore[arg-type]
+            status=OPENAI_STATUS[job.job_state],
             hyperparameters=_hyperparameters(spec, run),
             method={"type": spec.method.type, spec.method.type: {"hyperparameters": _hyperparameters(spec, run)}},
             training_file=spec.training_file,
@@ -165,9 +165,9 @@ class EventObject(Wire):
         return cls(
             id=event.id,
             created_at=unix(event.created_at),
-            level=event.level,  # type: ignore[arg-type]
+            level=event.level,
             message=event.message,
-            type=event.type,  # type: ignore[arg-type]
+            type=event.type,
             data=event.data,
             sequence=event.sequence,
             state=event.to_state,

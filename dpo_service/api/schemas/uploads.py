@@ -52,7 +52,7 @@ class UploadObject(Wire):
             expires_at=unix(row.expires_at),
             filename=row.filename,
             purpose=row.purpose,
-            status=status or row.status,  # type: ignore[arg-type]
+            status=status or row.status,
             file=file,
         )
 
