@@ -63,13 +63,11 @@ def tokenise(row: Row, tokenizer: Tokenizer) -> tuple[list[int], tuple[list[int]
     if row.plain is not None and tokenizer.chat_template is None:
         prompt, answers = row.plain[0], row.plain[1:]
     if isinstance(prompt, str):
-        texts = [prompt + str(answer) for answer in answers]
-        whole = [tokenizer.encode(_with_eos(text, tokenizer.eos_token)) for text in texts]
-        return _split(tokenizer.encode(prompt), whole, row.line)
+        texts = [_with_eos(prompt + str(answer), tokenizer.eos_token) for answer in answers]
+        return _split(prompt, texts, tokenizer, row.line, add_special_tokens=True)
     rendered = tokenizer.render(prompt, add_generation_prompt=True, tools=row.tools, line=row.line)
-    whole_texts = [_render_whole(row, prompt, answer, rendered, tokenizer) for answer in answers]
-    whole = [tokenizer.encode(text, add_special_tokens=False) for text in whole_texts]
-    return _split(tokenizer.encode(rendered, add_special_tokens=False), whole, row.line)
+    texts = [_render_whole(row, prompt, answer, rendered, tokenizer) for answer in answers]
+    return _split(rendered, texts, tokenizer, row.line, add_special_tokens=False)
 
 
 def _with_eos(text: str, eos: str | None) -> str:
@@ -91,12 +89,19 @@ def _render_whole(row: Row, prompt: list[Message], answer: object, rendered: str
     return whole
 
 
-def _split(prompt: list[int], whole: list[list[int]], line: int) -> tuple[list[int], tuple[list[int], ...]]:
+def _split(
+    prompt: str, texts: list[str], tokenizer: Tokenizer, line: int, *, add_special_tokens: bool
+) -> tuple[list[int], tuple[list[int], ...]]:
     """The common beginning of all is the prompt. Tokens that merge across the border go to the answers."""
-    shared = min((_common(prompt, ids) for ids in whole), default=len(prompt))
-    if shared == 0:
-        raise InvalidData("nothing of the prompt is left before the answer begins; give a longer prompt", line=line)
-    return prompt[:shared], tuple(ids[shared:] for ids in whole)
+    ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+    if not ids:
+        raise InvalidData("the prompt has no tokens; give a prompt", line=line)
+    whole = [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+    shared = min((_common(ids, other) for other in whole), default=len(ids))
+    if shared == 0:  # a prompt so short that all of it merges with an answer: the border is kept by hand
+        apart = (tokenizer.encode(text.removeprefix(prompt), add_special_tokens=False) for text in texts)
+        return ids, tuple(apart)
+    return ids[:shared], tuple(other[shared:] for other in whole)
 
 
 def _common(first: list[int], second: list[int]) -> int:

@@ -124,7 +124,7 @@ def _refuse_old_names(columns: set[str], line: int) -> None:
 
 def _unrecognised(columns: set[str], line: int) -> InvalidData:
     pairs = [candidate for candidate in FORMATS if candidate.rows == "pairs"]
-    nearest = max(pairs, key=lambda f: (len(f.columns & columns & _PAIR_COLUMNS), len(f.columns & columns)))
+    nearest = max(pairs, key=lambda f: (len(f.columns & columns & _PAIR_COLUMNS), -len(f.columns - columns)))
     found = _listed(sorted(columns)) if columns else "none"
     if not nearest.columns & columns & _PAIR_COLUMNS:
         return InvalidData(
@@ -213,8 +213,9 @@ def _conversational(row: Json, line: int) -> Row:
 
 def _after(conversation: list[Message], value: object, column: str, line: int) -> list[Message]:
     """The answer; some files repeat the whole prompt in front of it."""
-    if isinstance(value, list) and value[: len(conversation)] == conversation:
-        value = value[len(conversation) :]
+    size = len(conversation)
+    if isinstance(value, list) and len(value) > size and value[:size] == conversation:
+        value = value[size:]
     return answer_messages(value, column, line)
 
 
@@ -348,6 +349,10 @@ def _any_list(*columns: str) -> Callable[[Json], bool]:
     return lambda row: any(isinstance(row[column], list | dict) for column in columns)
 
 
+def _no_list(*columns: str) -> Callable[[Json], bool]:
+    return lambda row: not any(isinstance(row[column], list | dict) for column in columns)
+
+
 def _is_ultrafeedback(row: Json) -> bool:
     """The prompt as text, and both whole conversations."""
     return isinstance(row["prompt"], str) and all(
@@ -368,7 +373,14 @@ FORMATS = (
     _format(
         "trl_conversations", "conversations", "pairs", _TRL, _any_list("prompt", "chosen", "rejected"), _conversational
     ),
-    _format("trl_text", "prompt, chosen, rejected as text", "pairs", _TRL, _always, _text_pair),
+    _format(
+        "trl_text",
+        "prompt, chosen, rejected as text",
+        "pairs",
+        _TRL,
+        _no_list("prompt", "chosen", "rejected"),
+        _text_pair,
+    ),
     _format("hh_text", "HH-RLHF text", "pairs", "chosen rejected", _is_hh, _hh),
     _format(
         "implicit_conversations",
@@ -378,7 +390,14 @@ FORMATS = (
         _any_list("chosen", "rejected"),
         _implicit_conversation,
     ),
-    _format("implicit_text", "chosen, rejected as text", "pairs", "chosen rejected", _always, _implicit_text),
+    _format(
+        "implicit_text",
+        "chosen, rejected as text",
+        "pairs",
+        "chosen rejected",
+        _no_list("chosen", "rejected"),
+        _implicit_text,
+    ),
     _format("unpaired", "unpaired: prompt, completion, label", None, "prompt completion label", _always, _unpaired),
     _format("unpaired_messages", "unpaired: messages, label", None, "messages label", _always, _unpaired),
     _format("openai_chat", "OpenAI chat", "answers", "messages", _always, _supervised("messages")),

@@ -97,7 +97,9 @@ class Tokenizer:
         """Token ids of a text. One that brings its own beginning-of-sequence token does not get a second one."""
         if self.bos_token and text.startswith(self.bos_token):
             add_special_tokens = False
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # The batch call leaves out the offsets, which costs a third of the time.
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=False)
