@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import random
 import secrets
@@ -31,11 +32,15 @@ import psutil
 from dpo_service.cluster import processes
 from dpo_service.errors import ClusterError
 
+ATTEMPTS = 3
 START_TIMEOUT_S = 120.0
 LONGEST_TEMP = 24
 """Bytes of the temporary folder's own path that leave room for the longest socket path Ray makes in it."""
 PORT_RANGE = (20000, 32000)
 """Below the ephemeral ports: a connection of somebody else must not take a remembered port."""
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,7 @@ class Head:
             known = self.state()
             if known is not None and known.alive:
                 return known
-            processes.end(self.temp_dir)
-            return self._start(known)
+            return self._start_at_last(known)
 
     def end(self) -> None:
         """End every process of this head and remove its files. Works on a head in ruins, and on none."""
@@ -122,6 +126,19 @@ class Head:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         }
+
+    def _start_at_last(self, known: HeadState | None) -> HeadState:
+        """Ray gives up after 30 s, which a busy machine can take; and a database that does not load is no use."""
+        for attempt in range(ATTEMPTS):
+            processes.end(self.temp_dir)
+            if attempt == ATTEMPTS - 1:
+                shutil.rmtree(self.folder / "gcs", ignore_errors=True)
+            try:
+                return self._start(known)
+            except ClusterError as error:
+                logger.warning("attempt %d of %d: %s", attempt + 1, ATTEMPTS, error)
+                last = error
+        raise last
 
     def _start(self, known: HeadState | None) -> HeadState:
         ports = _ports(known.ports if known else None, self._serve_port)
