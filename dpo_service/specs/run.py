@@ -63,6 +63,6 @@ class AttemptSpec(Spec):
     run: RunSpec
     attempt: int
     report_url: str | None
-    """Base URL of the control plane; None = spool only."""
+    """Where reports of this attempt are posted; None = spool only."""
     report_token: str
     """Admits reports of this attempt and nothing else."""

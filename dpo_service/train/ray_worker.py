@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from dpo_service.checkpoint.format import digest_of
 from dpo_service.errors import CheckpointError, DpoServiceError, NonFiniteLoss, TrainingError
-from dpo_service.ids import random_suffix, submission_id
+from dpo_service.ids import random_suffix
 from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.reports import Reporter
 from dpo_service.specs.base import Spec
@@ -155,10 +155,8 @@ def _train(config: WorkerConfig, store: Store, ranks: Ranks) -> TrainOutcome:
 
 def _reporter(store: Store, attempt: AttemptSpec) -> Reporter:
     run = attempt.run
-    base = attempt.report_url
-    url = f"{base.rstrip('/')}/internal/attempts/{submission_id(run.job_id, attempt.attempt)}/reports" if base else None
     directory = store.path(paths.spool_dir(run.job_id, attempt.attempt))
-    return Reporter(directory, f"train-{random_suffix(6)}", url=url, token=attempt.report_token)
+    return Reporter(directory, f"train-{random_suffix(6)}", url=attempt.report_url, token=attempt.report_token)
 
 
 def _ranks() -> Ranks:
