@@ -18,6 +18,7 @@ from dpo_service.registry.paging import Order, page
 from dpo_service.registry.tables import File
 
 MAX_NAME = 200
+"""Bytes; file systems allow 255."""
 
 
 def safe_name(name: str | None) -> str:
@@ -28,10 +29,11 @@ def safe_name(name: str | None) -> str:
     """
     last = PurePosixPath((name or "").replace("\\", "/")).name
     clean = re.sub(r"[^\w.\- ]", "_", last).strip(" .")
-    if len(clean) <= MAX_NAME:
+    if len(clean.encode()) <= MAX_NAME:
         return clean or "file"
-    endings = "".join(PurePosixPath(clean).suffixes[-2:])[-20:]
-    return clean[: MAX_NAME - len(endings)] + endings
+    endings = "".join(PurePosixPath(clean).suffixes[-2:]).encode()[-20:].decode(errors="ignore")
+    stem = clean.removesuffix(endings).encode()[: MAX_NAME - len(endings.encode())]
+    return stem.decode(errors="ignore") + endings
 
 
 async def get(session: AsyncSession, file_id: str, *, now: datetime | None = None) -> File:

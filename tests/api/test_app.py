@@ -112,6 +112,13 @@ async def test_open_without_a_key(guarded, path):
     assert (await guarded.http.get(path)).status_code == 200
 
 
+async def test_metrics_are_open_on_loopback_even_with_keys(tmp_path):
+    api = await opened(Api(tmp_path, api_keys=("sk-one",)))
+    assert (await api.http.get("/metrics")).status_code == 200
+    assert (await api.http.get("/v1/models")).status_code == 401
+    await closed(api)
+
+
 async def test_readyz_says_which_part_is_away(api, monkeypatch):
     ready = await api.http.get("/readyz")
     assert ready.json() == {"status": "ready", "parts": {"database": "ok", "storage": "ok", "cluster": "ok"}}

@@ -1,6 +1,5 @@
 """Files: uploaded whole or not at all, checked row by row, listed, downloaded, deleted."""
 
-import asyncio
 import errno
 import gzip
 
@@ -8,7 +7,7 @@ import openai
 import pytest
 
 from dpo_service.errors import StorageFull
-from dpo_service.jobs import admit
+from dpo_service.jobs.admit import admit
 from tests.api.conftest import Api, closed, lines, opened, pair, pairs
 
 
@@ -254,15 +253,14 @@ async def test_bytes_that_are_gone_are_404(api):
 
 async def test_file_deleted_while_the_job_is_checked(api, monkeypatch):
     """The rows are read outside the transaction; a deletion in between must not leave a job without its file."""
-    made, check = await api.upload(), admit.check_file
+    made = await api.upload()
 
-    def slow_check(*args, **options):
-        asyncio.run_coroutine_threadsafe(api.sdk.files.delete(made.id), loop).result(10)
-        return report
+    async def slow_admit(spec, **parts):
+        admitted = await admit(spec, **parts)
+        await api.sdk.files.delete(made.id)
+        return admitted
 
-    loop = asyncio.get_running_loop()
-    report = check(api.store.path(f"files/{made.id}/pairs.jsonl"), "pairs.jsonl")
-    monkeypatch.setattr(admit, "check_file", slow_check)
+    monkeypatch.setattr("dpo_service.api.routes.jobs.admit", slow_admit)
     with pytest.raises(openai.NotFoundError, match=made.id):
         await api.job(made.id)
     assert (await api.sdk.fine_tuning.jobs.list()).data == []
