@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
 from dpo_service import ids
+from dpo_service.cluster.port import JobObservation
 from dpo_service.jobs.cancel import cancel
 from dpo_service.jobs.context import Point
 from dpo_service.jobs.states import TERMINAL, State
@@ -100,44 +101,41 @@ async def test_every_point_is_passed(world: World, point: Point) -> None:
 
 
 async def test_a_process_that_wakes_up_late_changes_nothing(world: World) -> None:
-    """It stalls after it has read the result; meanwhile another process ends the job otherwise."""
+    """It has seen the first attempt gone, and stalls; meanwhile another process is at the second."""
     job_id = await world.running()
     world.die(job_id)
-    successor = world.reconciler()
-    stalled = dies_at(Point.RELEASING, 1)
+    observe, successor = world.cluster.observe, world.reconciler()
 
-    async def meanwhile() -> None:
+    async def stall(submission_id: str) -> JobObservation:
+        world.cluster.observe = observe
+        seen = await observe(submission_id)
         await world.expire_leases()
-        world.succeed(job_id)
         await successor.tick()
-
-    world.current = world.reconciler(reached=stalled)
-    original = world.cluster.observe
-
-    async def slow(submission_id: str):
-        world.cluster.observe = original
-        seen = await original(submission_id)
-        await meanwhile()
+        world.clock.advance(LONGEST_DELAY_S)
+        await successor.tick()
+        world.cluster.start_running(ids.submission_id(job_id, 2))
+        await successor.tick()
         return seen
 
-    world.cluster.observe = slow
-    with contextlib.suppress(Crash):
-        await world.tick()
+    world.cluster.observe = stall
+    await world.tick()
     events = [event.to_state for event in await world.events(job_id) if event.to_state]
-    assert events == ["queued", "submitting", "running", "succeeded"]
-    assert await world.state(job_id) is State.SUCCEEDED
+    assert events == ["queued", "submitting", "running", "queued", "submitting", "running"]
+    job = await world.job(job_id)
+    assert (job.job_state, job.attempt, job.not_before) == (State.RUNNING, 2, None)
 
 
 @pytest.mark.parametrize("order", ["cancel first", "finish first", "between observation and verdict"])
-@pytest.mark.parametrize("ending", ["succeed", "fail", "die"])
+@pytest.mark.parametrize("ending", ["succeed", "fail", "fail for good", "die"])
 async def test_cancel_and_finish_race_to_one_end(world: World, order: str, ending: str) -> None:
     job_id = await world.running()
-    finish = {"succeed": world.succeed, "fail": world.fail, "die": world.die}[ending]
+    for_good = partial(world.fail, retryable=False)
+    finish = {"succeed": world.succeed, "fail": world.fail, "fail for good": for_good, "die": world.die}[ending]
     if order == "between observation and verdict":
         finish(job_id)
         original = world.cluster.observe
 
-        async def observe(submission_id: str):
+        async def observe(submission_id: str) -> JobObservation:
             seen = await original(submission_id)
             await cancel(world.database, job_id, clock=world.clock)
             return seen
@@ -152,6 +150,8 @@ async def test_cancel_and_finish_race_to_one_end(world: World, order: str, endin
         finish(job_id)
         await cancel(world.database, job_id, clock=world.clock)
     await world.tick(2)
-    assert await world.state(job_id) is (State.SUCCEEDED if ending == "succeed" else State.CANCELLED)
+    job = await world.job(job_id)
+    assert job.job_state is (State.SUCCEEDED if ending == "succeed" else State.CANCELLED)
+    assert (job.error_code, job.not_before) == (None, None)
     ends = [e for e in await world.events(job_id) if e.to_state in {state.value for state in TERMINAL}]
     assert len(ends) == 1
