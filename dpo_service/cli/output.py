@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-# No emoji: a model's id (ft:base:rocket:...) is no place for one.
-out = Console(highlight=False, emoji=False)
+PIPE_WIDTH = 160
+# No emoji: a model's id (ft:base:rocket:...) is no place for one. What goes into a file or a pipe is not folded.
+out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err = Console(stderr=True, highlight=False, emoji=False)
 
 STYLES = {
@@ -36,7 +37,10 @@ def print_json(value: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> Table:
-    result = Table(*columns, title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    """The first column names things and is never cut; the others break where they must."""
+    result = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for place, column in enumerate(columns):
+        result.add_column(column, no_wrap=place == 0, overflow="fold")
     for row in rows:
         result.add_row(*row)
     return result
