@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import tempfile
 import types
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from ray import serve
 from starlette.types import ASGIApp
 
 from dpo_service.errors import TrainingError
-from dpo_service.serve import engine, provenance
+from dpo_service.serve import engine, inprocess, provenance, scratch
 from dpo_service.specs.serve import ServeSpec
 
 DEPLOYMENT_NAME = "Model"
@@ -34,6 +33,7 @@ class ModelReplica:
     """A replica. `spec` is a ServeSpec as JSON."""
 
     async def __init__(self, spec: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        scratch.use_own()
         self.spec = ServeSpec.model_validate(spec)
         model_dir = await asyncio.to_thread(locate, self.spec.model_path)
         # Files are hashed in a thread while the engine starts; both must end well before a request is taken.
@@ -55,10 +55,12 @@ class ModelReplica:
         engine_args = AsyncEngineArgs(**engine.engine_options(self.spec, model_dir))
         frontend = FrontendArgs(disable_fastapi_docs=True)
         self.arguments = argparse.Namespace(**(vars(frontend) | vars(engine_args)))
-        self.engine = AsyncLLM.from_engine_args(engine_args)
+        start = AsyncLLM.from_engine_args if self.spec.engine.gpus else inprocess.async_llm
+        self.engine = start(engine_args)
 
     def _stop_engine(self) -> None:
         self.engine.shutdown()
+        scratch.remove_own()
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """The app Serve puts HTTP into; called once, after the constructor."""
