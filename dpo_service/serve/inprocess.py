@@ -34,11 +34,10 @@ class ThreadedCore:
     Source: vllm.v1.engine.core_client, EngineCoreClient (the interface) and InprocClient (the core in this process).
     """
 
-    def __init__(self, *args: Any) -> None:
-        from vllm.v1.engine.core_client import InprocClient
-
+    def __init__(self, make_client: Callable[[], Any]) -> None:
+        """`make_client` makes an InprocClient."""
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine-core")
-        self._client = self._pool.submit(InprocClient, *args).result()
+        self._client = self._pool.submit(make_client).result()
         self._work = asyncio.Event()
         self._ended = False
         self.resources = SimpleNamespace(engine_dead=False)
@@ -96,12 +95,12 @@ def async_llm(engine_args: Any) -> AsyncLLM:
 @contextmanager
 def _threaded_cores() -> Iterator[None]:
     """AsyncLLM's constructor takes no client: it asks this function for one."""
-    from vllm.v1.engine.core_client import EngineCoreClient
+    from vllm.v1.engine.core_client import EngineCoreClient, InprocClient
 
     original = EngineCoreClient.make_async_mp_client
 
     def make(vllm_config: Any, executor_class: Any, log_stats: bool, **_: Any) -> ThreadedCore:
-        return ThreadedCore(vllm_config, executor_class, log_stats)
+        return ThreadedCore(lambda: InprocClient(vllm_config, executor_class, log_stats))
 
     EngineCoreClient.make_async_mp_client = staticmethod(make)
     try:
