@@ -1,0 +1,180 @@
+"""The data stage on the session's Ray cluster, with a scorer that knows no model."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_service.data import encoding
+from dpo_service.data.pipeline import prepare
+from dpo_service.errors import InvalidData, InvalidSpec, NonFiniteLoss
+from dpo_service.manifests.dataset import DatasetManifest
+from dpo_service.reports import Reporter, read_spool, spool_files
+from dpo_service.rows.encode import tokenise
+from dpo_service.rows.formats import normalise, recognise
+from dpo_service.rows.plan import BatchPlan
+from dpo_service.rows.template import Tokenizer
+from dpo_service.specs.data import DataSpec
+from dpo_service.specs.resources import ResourceSpec
+from dpo_service.specs.run import BatchSpec
+from dpo_service.storage.store import Store
+from tests.models import save_tokenizer
+
+pytestmark = pytest.mark.ray
+BATCH = BatchSpec(batch_size=4, micro_batch_size=2, n_epochs=2)
+
+
+class LengthScorer:
+    """Scores an answer by its length; leaves a file for each actor that was built."""
+
+    def __init__(self, calls):
+        self.calls = calls
+        (calls / f"{np.random.default_rng().integers(1 << 60)}").touch()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        for name in ("chosen", "rejected"):
+            lengths = table[name].combine_chunks().value_lengths()
+            table = table.append_column(f"ref_{name}", pa.array([-float(n.as_py()) for n in lengths], pa.float32()))
+        return table
+
+
+class BrokenScorer(LengthScorer):
+    def __call__(self, table: pa.Table) -> pa.Table:
+        nothing = pa.array([float("nan")] * len(table), pa.float32())
+        return table.append_column("ref_chosen", nothing).append_column("ref_rejected", nothing)
+
+
+def pair(number: int, answer: str = "so"):
+    prompt = [{"role": "user", "content": f"What is {number}?"}]
+    chosen = [{"role": "assistant", "content": f"It is {answer}{' and so' * (number % 5)}."}]
+    return {"prompt": prompt, "chosen": chosen, "rejected": [{"role": "assistant", "content": "No."}]}
+
+
+@pytest.fixture
+def stage(tmp_path, ray_connected):
+    """A function that runs the stage on rows, and what it needs around it."""
+    store = Store(tmp_path / "root")
+    model_dir = tmp_path / "model"
+    save_tokenizer(model_dir)
+    calls = tmp_path / "calls"
+    calls.mkdir()
+
+    class Stage:
+        def __init__(self):
+            self.store, self.model_dir, self.calls = store, model_dir, calls
+            self.spool = tmp_path / "spool"
+
+        def __call__(self, rows, *, validation=None, job="ftjob-1", scorer=LengthScorer, batch=BATCH, **data):
+            store.write("files/t", "\n".join(map(json.dumps, rows)).encode())
+            if validation is not None:
+                store.write("files/v", json.dumps(validation).encode())
+                data |= {"validation_file": "files/v", "validation_name": "v.json"}
+            spec = {"rows": "pairs", "training_file": "files/t", "training_name": "t.jsonl", "max_length": 128}
+            with Reporter(self.spool, "driver", url=None, token="") as reporter:
+                return prepare(
+                    store,
+                    DataSpec(**spec | data),
+                    batch,
+                    job_id=job,
+                    model_dir=model_dir,
+                    reporter=reporter,
+                    scorer=(lambda: scorer(calls)) if scorer else None,
+                    reference_digest="base",
+                    precision="float32",
+                    resources=ResourceSpec(workers=2),
+                )
+
+        def table(self, split) -> pa.Table:
+            return pa.concat_tables([pq.read_table(store.path(file)) for file in split.files])
+
+    return Stage()
+
+
+def test_a_file_becomes_a_dataset(stage, monkeypatch):
+    monkeypatch.setattr(encoding, "SHARD_BYTES", 1000)  # several tasks
+    rows = [pair(number) for number in range(30)] + [pair(3)]
+    manifest = stage(rows, eval_split=0.2)
+    assert (manifest.train.rows, manifest.validation.rows) == (24, 6)
+    assert manifest.report.dropped[0].reason == "duplicate"
+    assert (manifest.steps_per_epoch, manifest.total_steps) == (6, 12)
+    assert stage.store.read_model("jobs/ftjob-1/dataset/dataset.json", DatasetManifest) == manifest
+    left = {path.name for path in stage.store.path("jobs/ftjob-1").rglob("*")}
+    assert left == {"dataset", "dataset.json", "plan.parquet", "train-00000.parquet", "validation-00000.parquet"}
+
+    train, held = stage.table(manifest.train), stage.table(manifest.validation)
+    assert train["index"].to_pylist() == list(range(24))
+    assert train["line"].to_pylist() == sorted(train["line"].to_pylist())
+    assert sorted(train["line"].to_pylist() + held["line"].to_pylist()) == list(range(1, 31))
+    tokenizer = Tokenizer.load(stage.model_dir)
+    for values in train.to_pylist():
+        raw = rows[values["line"] - 1]
+        prompt, (chosen, rejected) = tokenise(normalise(raw, 1, recognise(raw, 1)), tokenizer)
+        assert (values["prompt"], values["chosen"], values["rejected"]) == (prompt, chosen, rejected)
+        assert (values["ref_chosen"], values["ref_rejected"]) == (-len(chosen), -len(rejected))
+
+    lengths = [len(v["prompt"]) + len(v["chosen"]) + len(v["rejected"]) for v in train.to_pylist()]
+    plan = BatchPlan(24, 4, 2, None, True, 0, lengths)
+    record = pq.read_table(stage.store.path(manifest.plan)).to_pylist()
+    assert [step["rows"] for step in record] == [plan.rows(step) for step in range(12)]
+    assert [step["epoch"] for step in record] == [0] * 6 + [1] * 6
+
+    reports = [report for path in spool_files(stage.spool) for batch, _ in read_spool(path) for report in batch]
+    assert {report.data["stage"] for report in reports if report.type == "progress"} == {
+        "reading",
+        "tokenising",
+        "reference",
+    }
+    assert reports[-1].type == "dataset"
+    assert DatasetManifest.model_validate(reports[-1].data) == manifest
+    assert "30 of 31 rows kept" in reports[-1].message
+
+
+def test_reference_log_probabilities_are_computed_once_for_all_jobs(stage):
+    rows = [pair(number) for number in range(8)]
+    first = stage(rows, job="ftjob-1")
+    built = len(list(stage.calls.iterdir()))
+    assert built > 0
+    second = stage(rows, job="ftjob-2")
+    assert len(list(stage.calls.iterdir())) == built
+    assert stage.table(second.train).equals(stage.table(first.train))
+    stage(rows, job="ftjob-3", max_length=100)
+    assert len(list(stage.calls.iterdir())) > built
+
+
+def test_the_dataset_of_an_earlier_attempt_is_used_if_it_is_whole(stage):
+    rows = [{"prompt": f"{n} is", "completion": " a number"} for n in range(5)]
+    options = {"rows": "answers", "scorer": None}
+    first = stage(rows, **options)
+    path = stage.store.path(first.train.files[0])
+    written = path.stat().st_mtime_ns
+    assert stage(rows, **options) == first
+    assert path.stat().st_mtime_ns == written
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(1, "prompt", table["prompt"].take([1, 0, 2, 3, 4])), path)
+    assert stage(rows, **options) == first
+    assert pq.read_table(path).equals(table)
+    assert (first.rows, first.reference_digest) == ("answers", None)
+
+
+def test_rows_of_the_validation_file_do_not_train(stage):
+    manifest = stage([pair(n) for n in range(10)], validation=[pair(2), pair(3), pair(90)], scorer=None)
+    assert (manifest.train.rows, manifest.validation.rows) == (8, 3)
+    assert [(drop.reason, drop.count) for drop in manifest.report.dropped] == [("in_validation", 2)]
+
+
+def test_what_cannot_be_trained_on_is_refused_and_leaves_nothing(stage):
+    good = [pair(n) for n in range(5)]
+    with pytest.raises(InvalidData, match="line 6: chosen and rejected are equal") as caught:
+        stage([*good, pair(7) | {"rejected": pair(7)["chosen"]}, {}])
+    assert (caught.value.line, caught.value.param) == (6, "training_file")
+    with pytest.raises(InvalidData, match="needs pairs") as caught:
+        stage(good, validation=[{"messages": [*pair(1)["prompt"], *pair(1)["chosen"]]}])
+    assert caught.value.param == "validation_file"
+    with pytest.raises(InvalidSpec, match="batch_size is 9 and only 5 rows are left"):
+        stage(good, scorer=None, batch=BatchSpec(batch_size=9, micro_batch_size=2, n_epochs=1))
+    with pytest.raises(NonFiniteLoss):
+        stage(good, scorer=BrokenScorer)
+    assert list(stage.store.path("jobs").iterdir()) == [] or list(stage.store.path("jobs/ftjob-1").iterdir()) == []
+    assert not stage.store.exists("cache")
