@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
 from sqlalchemy import event, text
@@ -19,12 +20,15 @@ class Database:
         if url.startswith("sqlite"):
             event.listen(self.engine.sync_engine, "connect", _sqlite_pragmas)
             event.listen(self.engine.sync_engine, "begin", _sqlite_begin)
+        # SQLite lets one transaction in at a time, and who waits at its door may wait for ever: wait here, in order.
+        self._turn: AbstractAsyncContextManager[object] = asyncio.Lock() if url.startswith("sqlite") else nullcontext()
         self._sessions = async_sessionmaker(self.engine, expire_on_commit=False)
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncSession]:
-        """A transaction: committed when the block ends, rolled back when it raises. Keep slow work outside."""
-        async with self._sessions() as session, session.begin():
+        """A transaction: committed when the block ends, rolled back when it raises. Keep slow work outside, and do not
+        open another inside: on SQLite it would wait for this one."""
+        async with self._turn, self._sessions() as session, session.begin():
             yield session
 
     async def ping(self) -> None:
