@@ -34,7 +34,7 @@ class Setting:
     steps: int = 20
     batch_size: int = 8
     micro_batch_size: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     beta: float = 0.1
     warmup_ratio: float = 0.1
     weight_decay: float = 0.01
@@ -108,13 +108,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--reference", choices=("cached", "live"), default="cached")
     options = parser.parse_args()
-    from tests.unit.train.test_trl_parity import run_ours
-    from tests.unit.train.training_kit import build_model, random_rows
+    from tests.unit.train.test_trl_parity import repeated_rows, run_ours
+    from tests.unit.train.training_kit import build_model
 
     setting = Setting(reference=options.reference, steps=options.steps)
     with tempfile.TemporaryDirectory() as scratch:
         model_dir = build_model(Path(scratch) / "model")
-        columns = random_rows(setting.steps * setting.batch_size)
+        columns = repeated_rows(setting)
         ours = run_ours(Path(scratch) / "job", model_dir, columns, setting)
         theirs = run_trl(model_dir, columns, setting)
     print(f"{'step':>4} {'loss, TRL':>12} {'loss, ours':>12} {'margin, TRL':>12} {'margin, ours':>12}")

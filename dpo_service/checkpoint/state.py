@@ -20,7 +20,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path)
+    return dict(load_file(path))
 
 
 def write_counters(directory: Path, counters: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ end to end in one row fills the same three.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,8 +51,8 @@ class MicroBatch:
         return torch.bincount(self.owner_C, minlength=self.sequences)
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return MicroBatch(**moved)
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 def collate(examples: Sequence[Example]) -> MicroBatch:

@@ -36,7 +36,7 @@ def completion_logps(model: nn.Module, batch: MicroBatch, *, chunk: int = CHUNK)
         hidden_CH = _forward(_body(model), batch).last_hidden_state.flatten(0, 1)[batch.source_C]
     parts = [
         checkpoint(_token_logps, hidden_KH, target_K, head, use_reentrant=False)
-        for hidden_KH, target_K in zip(hidden_CH.split(chunk), batch.target_C.split(chunk), strict=True)
+        for hidden_KH, target_K in zip(torch.split(hidden_CH, chunk), torch.split(batch.target_C, chunk), strict=True)
     ]
     logps_C = torch.cat([logps_K for logps_K, _ in parts])
     correct_C = torch.cat([correct_K for _, correct_K in parts])
@@ -61,7 +61,7 @@ def split_head(model: nn.Module) -> nn.Module | None:
     """
     if not hasattr(model, "_dpo_split_head"):
         model._dpo_split_head = _head_is_all(model)  # type: ignore[assignment]
-    return model.get_output_embeddings() if model._dpo_split_head else None  # type: ignore[operator, no-any-return]
+    return model.get_output_embeddings() if model._dpo_split_head else None  # type: ignore[operator]
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpo_service.checkpoint.format import CheckpointFacts, publish
 from dpo_service.checkpoint.load import Checkpoint, newest_valid, opened
@@ -232,7 +233,7 @@ class _Training:
             self._reports.metrics("eval", self._step, values, text)
         self._window_start += monotonic() - started
 
-    def _validation_share(self, rows: RowTable) -> list[np.ndarray]:
+    def _validation_share(self, rows: RowTable) -> list[NDArray[np.int64]]:
         """This rank's micro-batches, rows of like length together."""
         order, size = np.argsort(rows.lengths, kind="stable"), self._run.batch.micro_batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]

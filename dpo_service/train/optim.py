@@ -27,7 +27,8 @@ def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.AdamW:
         if isinstance(module, nn.LayerNorm)
         for name, _ in module.named_parameters(recurse=False)
     }
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in trained_parameters(model).items():
         spared = name in in_norms or _NO_DECAY.search(name.lower())
         (free if spared else decayed).append(parameter)

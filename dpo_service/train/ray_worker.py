@@ -126,7 +126,7 @@ def work(loop_config: dict[str, Any]) -> None:
     try:
         outcome = _train(config, store, ranks)
     except (NonFiniteLoss, CheckpointError, TrainingError) as error:
-        result = WorkerResult(error=type(error).__name__, message=error.message)  # type: ignore[arg-type]
+        result = WorkerResult(error=type(error).__name__, message=error.message)
     else:
         result = WorkerResult(outcome=asdict(outcome))
     if ranks.first:
@@ -154,9 +154,8 @@ def _train(config: WorkerConfig, store: Store, ranks: Ranks) -> TrainOutcome:
 
 
 def _reporter(store: Store, attempt: AttemptSpec) -> Reporter:
-    run = attempt.run
-    directory = store.path(paths.spool_dir(run.job_id, attempt.attempt))
-    return Reporter(directory, f"train-{random_suffix(6)}", url=attempt.report_url, token=attempt.report_token)
+    spool = store.path(paths.spool_dir(attempt.run.job_id, attempt.attempt))
+    return Reporter(spool, "train", url=attempt.report_url, token=attempt.report_token)
 
 
 def _ranks() -> Ranks:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from dpo_service.errors import TrainingError
 from dpo_service.manifests.dataset import SplitManifest
@@ -48,12 +50,12 @@ class RowTable:
         return int(self._table.num_rows)
 
     @property
-    def answer_tokens(self) -> np.ndarray:
+    def answer_tokens(self) -> NDArray[np.int64]:
         """Tokens of the chosen (or only) answer by row."""
         return _list_lengths(self._table, self._answer)
 
     @property
-    def lengths(self) -> np.ndarray:
+    def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row: the prompt once and its answers."""
         total = _list_lengths(self._table, "prompt") + self.answer_tokens
         return total + _list_lengths(self._table, "rejected") if self.paired else total
@@ -73,5 +75,6 @@ class RowTable:
         ]
 
 
-def _list_lengths(table: pa.Table, column: str) -> np.ndarray:
-    return np.asarray(pa.compute.list_value_length(table[column]).to_numpy(), dtype=np.int64)
+def _list_lengths(table: pa.Table, column: str) -> NDArray[np.int64]:
+    counts: NDArray[np.int64] = np.asarray(pc.list_value_length(table[column]), dtype=np.int64)
+    return counts

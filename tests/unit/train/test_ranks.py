@@ -41,7 +41,7 @@ def of(values, split, name):
 
 def test_two_ranks_equal_one(tmp_path, model_dir):
     """Batches of 7, so that the ranks' shares differ; then the same run goes on alone."""
-    options = {"batch_size": 7, "micro_batch_size": 2, "steps": 6, "save_every_steps": 3}
+    options = {"batch_size": 7, "micro_batch_size": 2, "steps": 6, "save_every_steps": 3, "reference": "live"}
     alone = Recorder()
     make_job(tmp_path / "one", model_dir, **options).train(reports=alone)
     two = make_job(tmp_path / "two", model_dir, **options)
