@@ -118,7 +118,8 @@ class Reporter:
 
     def _send_loop(self) -> None:
         offset = 0
-        with httpx.Client(timeout=10, headers={"authorization": f"Bearer {self._token}"}, trust_env=False) as client:
+        headers = {"authorization": f"Bearer {self._token}", "content-type": "application/json"}
+        with httpx.Client(timeout=10, headers=headers, trust_env=False) as client:
             while True:
                 stopping = self._stop.is_set()
                 with contextlib.suppress(httpx.HTTPError):
