@@ -18,6 +18,9 @@ def quiet() -> Iterator[None]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
+    # The newer reader lists files in a task of a whole CPU, whatever `num_cpus` says: on two cores it and a pool that
+    # holds more than one of them wait for each other for ever.
+    context.use_datasource_v2 = False
     logger.setLevel(logging.ERROR)
     try:
         with DataContext.current(context):
