@@ -1,8 +1,9 @@
 """Which processes belong to one local Ray head, and how to end them all and nothing else.
 
 A machine may run several Rays, so nothing here goes by a program's name. A process is the head's when it carries the
-head's mark in its environment, writes into the head's directory, or was started by such a process. Two signs are
-needed because Ray's workers overwrite their environment with their title.
+head's mark in its environment, or was started by such a process. Ray's workers overwrite their environment with their
+title: those are known by what they write into the head's directory. A notebook or a test that only connected to the
+head has its environment whole and no mark in it; it is a guest and is spared.
 """
 
 from __future__ import annotations
@@ -109,13 +110,16 @@ def _belongs(process: psutil.Process, directory: Path) -> bool:
     try:
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        return environment(process.pid).get(MARK) == str(directory) or _writes_into(process, directory)
+        variables = environment(process.pid)
+        if MARK in variables or "PATH" in variables:
+            return variables.get(MARK) == str(directory)
+        return _writes_into(process, directory)
     except (psutil.Error, OSError):
         return False
 
 
 def _writes_into(process: psutil.Process, directory: Path) -> bool:
-    """A reader (`tail -f` of a log) is a guest, not one of the head's."""
+    """A reader (`tail -f` of a log) is a guest too."""
     inside = f"{directory}{os.sep}"
     return any(file.path.startswith(inside) and getattr(file, "mode", "r") != "r" for file in process.open_files())
 

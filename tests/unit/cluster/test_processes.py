@@ -24,8 +24,8 @@ PARENT = f"import os; pid = os.fork(); {SLEEPS}"
 def spawn() -> Iterator:
     started: list[psutil.Process] = []
 
-    def start(code: str, *arguments: str, mark: Path | None = None) -> psutil.Process:
-        environment = {name: value for name, value in os.environ.items() if name != processes.MARK}
+    def start(code: str, *arguments: str, mark: Path | None = None, overwritten: bool = False) -> psutil.Process:
+        environment = {} if overwritten else {"PATH": os.environ["PATH"]}
         if mark is not None:
             environment[processes.MARK] = str(mark)
         command = [sys.executable, "-c", code, *arguments]
@@ -54,16 +54,17 @@ def test_the_marked_their_children_and_the_deaf_end(spawn, tmp_path):
     assert processes.belonging(head) == []
 
 
-def test_another_heads_processes_and_a_reader_of_the_logs_are_spared(spawn, tmp_path):
+def test_another_heads_processes_and_guests_are_spared(spawn, tmp_path):
     head = tmp_path / "head"
     head.mkdir()
     log = head / "raylet.out"
     log.touch()
-    writer = spawn(f"import sys; file = open(sys.argv[1], 'a'); {SLEEPS}", str(log))
-    reader = spawn(f"import sys; file = open(sys.argv[1]); {SLEEPS}", str(log))
+    writes = f"import sys; file = open(sys.argv[1], 'a'); {SLEEPS}"
+    worker, notebook = spawn(writes, str(log), overwritten=True), spawn(writes, str(log))
+    reader = spawn(f"import sys; file = open(sys.argv[1]); {SLEEPS}", str(log), overwritten=True)
     other = spawn(SLEEPS, mark=tmp_path / "head2")
     processes.end(head)
-    assert (_alive(writer), _alive(reader), _alive(other)) == (False, True, True)
+    assert [_alive(each) for each in (worker, notebook, reader, other)] == [False, True, True, True]
 
 
 def test_shared_memory_of_the_killed_is_removed_unless_somebody_else_maps_it(spawn, tmp_path):
