@@ -34,18 +34,18 @@ class ModelReplica:
 
     async def __init__(self, spec: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         scratch.use_own()
-        self.spec = ServeSpec.model_validate(spec)
-        model_dir = await asyncio.to_thread(locate, self.spec.model_path)
-        # Files are hashed in a thread while the engine starts; both must end well before a request is taken.
-        digest = asyncio.get_running_loop().run_in_executor(
-            None, provenance.identify, model_dir, self.spec.checkpoint_digest
-        )
-        self._start_engine(model_dir)
         try:
-            self.digest = await digest
+            await self._start(ServeSpec.model_validate(spec))
         except BaseException:
-            self._stop_engine()
+            scratch.remove_own()
             raise
+
+    async def _start(self, spec: ServeSpec) -> None:
+        self.spec = spec
+        model_dir = await asyncio.to_thread(locate, spec.model_path)
+        # Before the engine: a model that is not the published one is refused in a second, and never loaded.
+        self.digest = await asyncio.to_thread(provenance.identify, model_dir, spec.checkpoint_digest)
+        self._start_engine(model_dir)
 
     def _start_engine(self, model_dir: Path) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
