@@ -80,11 +80,11 @@ def _existing(store: Store, key: str) -> DatasetManifest | None:
     """The dataset of an earlier attempt, if it is whole."""
     if not store.exists(f"{key}/{MANIFEST}"):
         return None
-    manifest = store.read_model(f"{key}/{MANIFEST}", DatasetManifest)
-    splits = [split for split in (manifest.train, manifest.validation) if split is not None]
     try:
+        manifest = store.read_model(f"{key}/{MANIFEST}", DatasetManifest)
+        splits = [split for split in (manifest.train, manifest.validation) if split is not None]
         whole = all(_verifies(store, manifest, split) for split in splits) and store.exists(manifest.plan)
-    except (OSError, pa.ArrowException, KeyError):
+    except (OSError, ValueError, KeyError, pa.ArrowException):  # damaged: made again
         return None
     return manifest if whole else None
 
