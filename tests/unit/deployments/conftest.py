@@ -67,6 +67,7 @@ class World:
         )
 
     async def deploy(self, model):
+        self.clock.advance(1)  # so that the order of two is known
         row, _ = await self.create(model)
         return row.id
 
