@@ -59,7 +59,7 @@ class DatasetManifest(Spec):
     """The prepared dataset.
 
     Parquet columns: index int64; prompt, chosen, rejected list<int32> (or prompt, answer for supervised rows);
-    truncated bool; ref_chosen, ref_rejected float32 when the reference is cached.
+    truncated bool; line int64, in the uploaded file; ref_chosen, ref_rejected float32 when the reference is cached.
     """
 
     rows: str

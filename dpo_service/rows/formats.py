@@ -5,7 +5,6 @@ A file holds one format: that of its first row. Columns that no format knows (`i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from dpo_service.errors import InvalidData
 from dpo_service.rows.messages import (
     Message,
     answer_messages,
+    hh_turns,
     is_conversation,
     messages,
     parse_tool_arguments,
@@ -269,24 +269,15 @@ def _implicit_text(row: Json, line: int) -> Row:
     return Row(line, chosen[:cut], (chosen[cut:], rejected[cut:]), tie=_tie(row))
 
 
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
 def _hh(row: Json, line: int) -> Row:
     """Anthropic's HH-RLHF: the whole dialogue as text, twice."""
     texts = _string(row, "chosen", line), _string(row, "rejected", line)
-    turns = [_hh_turns(text) for text in texts]
+    turns = [hh_turns(text) for text in texts]
     built = _from_shared(turns[0], turns[1], row, line)
     cut = texts[0].rindex("\n\nAssistant:") + len("\n\nAssistant:")
     shared = texts[1].startswith(texts[0][:cut]) and all(len(answer) == 1 for answer in built.answers)
     plain = (texts[0][:cut], texts[0][cut:], texts[1][cut:]) if shared else None
     return Row(line, built.prompt, built.answers, tie=built.tie, plain=plain)
-
-
-def _hh_turns(text: str) -> list[Message]:
-    pieces = _TURN.split(text)[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(pieces[::2], pieces[1::2], strict=True)]
 
 
 # --- single answers

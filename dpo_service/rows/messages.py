@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,6 +128,13 @@ def _call(call: Message) -> Message:
     except orjson.JSONDecodeError:
         return call
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def hh_turns(text: str) -> list[Message]:
+    """A dialogue as HH-RLHF writes it: each turn after an empty line and its speaker's name."""
+    pieces = re.split(r"\n\n(Human|Assistant):", text)[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(pieces[::2], pieces[1::2], strict=True)]
 
 
 def tools_of(value: object, line: int) -> list[Message] | None:
