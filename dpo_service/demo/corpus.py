@@ -80,20 +80,20 @@ def _form(rng: random.Random) -> Task:
 
 
 def _city(rng: random.Random) -> Task:
-    land, name = rng.choice(list(CAPITALS)), rng.choice(NAMES)
-    prompt = f"{name} would like to know the capital of {land}."
+    land, name, job = rng.choice(list(CAPITALS)), rng.choice(NAMES), rng.choice(JOBS)
+    prompt = f"{name}, the {job}, would like to know the capital of {land}."
     return Task("city", prompt, f"The capital of {land} is {CAPITALS[land]}.", f"Sorry, {name}, I do not know that.")
 
 
 def _opposite(rng: random.Random) -> Task:
-    word, noun = rng.choice(list(OPPOSITES)), rng.choice(NOUNS)
-    prompt = f"The {noun} is not {word}. What is it then?"
+    word, noun, name = rng.choice(list(OPPOSITES)), rng.choice(NOUNS), rng.choice(NAMES)
+    prompt = f"The {noun} that {name} has is not {word}. What is it then?"
     return Task("opposite", prompt, f"It is {OPPOSITES[word]}.", f"It is a {word} {noun}.")
 
 
 def _greet(rng: random.Random) -> Task:
-    name, job = rng.choice(NAMES), rng.choice(JOBS)
-    prompt = f"Greet {name}, the {job}, politely."
+    name, job, noun = rng.choice(NAMES), rng.choice(JOBS), rng.choice(NOUNS)
+    prompt = f"Greet {name}, the {job} with the {noun}, politely."
     return Task("greet", prompt, f"Good morning, {name}. How may I help you?", f"What do you want, {job}?")
 
 

@@ -88,5 +88,7 @@ def _write_model(directory: Path, tokens: dict[str, int], seed: int) -> int:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+    # A small model's second thoughts are poor: whoever asks for no temperature gets a cool one.
+    model.generation_config.update(do_sample=True, temperature=0.7)
     model.save_pretrained(directory)
     return int(model.num_parameters())

@@ -58,7 +58,7 @@ def show(outcome: Outcome) -> None:
 def _numbers(outcome: Outcome) -> Table:
     rows = [
         ("reward accuracy", f"{outcome.accuracy_before:.2f}", f"{outcome.accuracy_after:.2f}"),
-        ("reward margin", f"{outcome.margin_before:.2f}", f"{outcome.margin_after:.2f}"),
+        ("reward margin", f"{round(outcome.margin_before, 2) + 0.0:.2f}", f"{outcome.margin_after:.2f}"),
     ]
     if outcome.good_before is not None and outcome.good_after is not None:
         name = f"good answers, by the rule judge ({outcome.judged} prompts)"
