@@ -8,6 +8,7 @@ import signal
 import stat
 import sys
 
+import psutil
 import pytest
 
 from dpo_service.cluster import processes
@@ -38,17 +39,20 @@ async def test_a_second_service_finds_the_head_and_its_jobs(ray_cluster):
     await again.close()
 
 
+def _listens_on(process: psutil.Process) -> list[str]:
+    try:
+        connections = process.net_connections("tcp")
+    except psutil.NoSuchProcess:
+        return []
+    return [each.laddr.ip.removeprefix("::ffff:") for each in connections if each.status == psutil.CONN_LISTEN]
+
+
 @pytest.mark.ray
 def test_only_this_user_and_this_machine_can_reach_it(ray_cluster):
     token = ray_cluster.data_dir / "ray" / "token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert stat.S_IMODE(ray_cluster.temp_dir.stat().st_mode) == 0o700
-    listening = [
-        connection.laddr.ip.removeprefix("::ffff:")
-        for process in processes.belonging(ray_cluster.temp_dir)
-        for connection in process.net_connections("tcp")
-        if connection.status == "LISTEN"
-    ]
+    listening = [address for each in processes.belonging(ray_cluster.temp_dir) for address in _listens_on(each)]
     assert listening
     assert {address for address in listening if not address.startswith("127.")} == set()
 
