@@ -32,6 +32,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from dpo_service.api.app import create_app
+from dpo_service.api.uploads import sweep_unfinished
 from dpo_service.clock import SystemClock
 from dpo_service.cluster.fake import FakeCluster
 from dpo_service.cluster.local import LocalCluster
@@ -147,7 +148,11 @@ class _AnnouncingServer(uvicorn.Server):
         data_dir, url = self._settings.data_dir.resolve(), f"http://{self._settings.host}:{self._settings.port}"
         note = {"pid": os.getpid(), "url": url, "data_dir": str(data_dir), "started_at": time.time()}
         Store(data_dir).write("service.json", orjson.dumps(note))
-        print(f"ready: {url}/v1 (data in {data_dir}, process {os.getpid()})", flush=True)
+        print(_ready(url, data_dir, os.getpid()), flush=True)
+
+
+def _ready(url: str, data_dir: Path, pid: int) -> str:
+    return f"ready: {url}/v1 (data in {data_dir}, process {pid})"
 
 
 # --- one machine: up, down ---------------------------------------------------------------------------------------
@@ -189,6 +194,7 @@ def up(settings: Settings, *, detach: bool = False) -> int:
             return _report_holder(settings.data_dir)
         (settings.data_dir / "service.json").unlink(missing_ok=True)
         log.configure(file=settings.data_dir / "logs" / "service.log")
+        sweep_unfinished(Store(settings.data_dir))
         asyncio.run(serve(settings))
     return EXIT_OK
 
@@ -215,7 +221,7 @@ def _up_detached(settings: Settings) -> int:
             start_new_session=True,
         )
     if _wait_ready(settings, process):
-        print(output.read_text(errors="replace").splitlines()[-1] if output.stat().st_size else "ready")
+        print(_ready(f"http://{settings.host}:{settings.port}", settings.data_dir.resolve(), process.pid))
         return EXIT_OK
     tail = "\n".join(output.read_text(errors="replace").splitlines()[-15:])
     print(f"the service did not start; {output} says:\n{tail}", file=sys.stderr)

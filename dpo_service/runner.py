@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from dpo_service.errors import CheckpointError, DpoServiceError, NotFound, TrainingError, UserError
+from dpo_service.errors import CheckpointError, DpoServiceError, NotFound, UserError
 from dpo_service.manifests.checkpoint import RunResult
 from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.reports import Reporter
 from dpo_service.specs.run import AttemptSpec, ModelSource, RunSpec
 from dpo_service.storage import paths
+from dpo_service.storage.hub import fetch_model
 from dpo_service.storage.store import Store
 from dpo_service.telemetry import log
 
@@ -157,15 +158,8 @@ def locate_model(store: Store, source: ModelSource) -> Path:
         return Path(source.path)
     if source.key is not None:
         return store.path(source.key)
-    from huggingface_hub import snapshot_download
-
     assert source.hub is not None
-    try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-        return Path(snapshot_download(source.hub, allow_patterns=patterns))
-    except Exception as error:
-        message = f"model {source.hub!r} could not be fetched from the hub: {error}"
-        raise TrainingError(message, param="model") from error
+    return fetch_model(source.hub)
 
 
 def _failed(spec: AttemptSpec, code: str, message: str, retryable: bool, param: str | None = None) -> RunResult:

@@ -26,9 +26,12 @@ from dpo_service.registry.tables import File
 from dpo_service.rows.check import check_file
 from dpo_service.rows.formats import BY_NAME
 from dpo_service.storage import paths
+from dpo_service.storage.store import Store
 
 PURPOSE = "fine-tune"
 EXPIRES_AFTER_S = (3600, 30 * 24 * 3600)
+ARRIVING = ".arriving"
+"""Name of a file's bytes until they are checked."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,12 @@ def checked_seconds(seconds: int) -> int:
     return seconds
 
 
+def sweep_unfinished(store: Store) -> None:
+    """Remove what uploads left that ended with the process. Only where no other process takes uploads."""
+    for leftover in store.path("files").glob(f"*/{ARRIVING}"):
+        shutil.rmtree(leftover.parent, ignore_errors=True)
+
+
 @asynccontextmanager
 async def arriving(services: Services, file_id: str) -> AsyncIterator[Path]:
     """A place for the bytes of `file_id`. Whatever goes wrong inside, its directory is gone afterwards."""
@@ -74,7 +83,7 @@ async def arriving(services: Services, file_id: str) -> AsyncIterator[Path]:
     directory.mkdir(parents=True)
     try:
         with a_full_disk_is_an_answer():
-            yield directory / ".arriving"
+            yield directory / ARRIVING
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise

@@ -18,6 +18,8 @@ from dpo_service.cli.exits import CliError, ExitCode, Refused
 Json = dict[str, Any]
 SERVICE_FILE = "service.json"
 DEFAULT_URL = "http://127.0.0.1:8000"
+LONG_S = 600
+"""Patience with one answer: a large file is checked row by row before it is accepted."""
 TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
 
 
@@ -46,7 +48,7 @@ class Service:
         self._http = httpx.Client(
             base_url=url,
             headers={"authorization": f"Bearer {key}"},
-            timeout=httpx.Timeout(60, connect=5),
+            timeout=httpx.Timeout(LONG_S, connect=5),
             trust_env=not loopback,
             transport=transport,
         )
@@ -73,9 +75,8 @@ class Service:
         except OSError as error:
             raise CliError(f"cannot read {path}: {error.strerror}", ExitCode.USAGE) from None
         with file:
-            timeout = httpx.Timeout(600, connect=5)
             upload = {"file": (path.name, file)}
-            return self._call("POST", "/v1/files", files=upload, data={"purpose": "fine-tune"}, timeout=timeout)
+            return self._call("POST", "/v1/files", files=upload, data={"purpose": "fine-tune"})
 
     def pages(self, path: str, **params: str | int) -> Iterator[Json]:
         """Every object of a list, page by page."""

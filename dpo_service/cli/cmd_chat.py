@@ -46,7 +46,7 @@ def answer_pieces(service: Service, body: Json, messages: list[Json]) -> Iterato
         if "error" in chunk:
             from dpo_service.cli.exits import CliError
 
-            raise CliError(str(chunk["error"].get("message", chunk["error"])))
+            raise CliError(chunk["error"].get("message") or "the model's engine failed; see: dpo models")
         for choice in chunk.get("choices", []):
             yield choice["delta"].get("content") or ""
 
