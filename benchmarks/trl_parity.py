@@ -1,6 +1,6 @@
 """Step by step against TRL's DPOTrainer: the same rows, order, model and hyperparameters, float32 on the CPU.
 
-    python benchmarks/trl_parity.py [--steps 20] [--reference cached|live]
+    python -m benchmarks.trl_parity [--steps 20] [--reference cached|live]
 
 Prints both runs' loss, gradient norm and reward metrics and the largest relative difference of each. A test
 (tests/unit/train/test_trl_parity.py) holds it to 1e-4 for the loss.

@@ -1,4 +1,4 @@
-"""The loop under Ray Train on real workers: a killed one costs time and nothing else; what cannot be mended comes out."""
+"""The loop under Ray Train: a killed worker costs time and nothing else; what cannot be mended comes out."""
 
 from __future__ import annotations
 
