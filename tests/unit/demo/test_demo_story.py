@@ -11,7 +11,7 @@ from dpo_service.cli.app import run
 from dpo_service.cli.exits import CliError, ExitCode
 from dpo_service.demo import report
 from dpo_service.demo.corpus import Task
-from dpo_service.demo.own import divide
+from dpo_service.demo.own import UNLIMITED, context_of, divide
 from dpo_service.demo.service import free_port
 from dpo_service.demo.story import _document, _one_a_family
 from dpo_service.specs.job import JobSpec
@@ -44,6 +44,12 @@ def test_own_files_without_pairs_are_refused_with_the_line(tmp_path):
     assert caught.value.code == ExitCode.REFUSED
     with pytest.raises(CliError, match="too few"):
         divide(pairs_file(tmp_path / "few.jsonl", 3), tmp_path)
+
+
+def test_a_short_model_is_known_by_its_configuration(tmp_path):
+    assert context_of(None) == context_of(tmp_path) == UNLIMITED
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 256}')
+    assert context_of(tmp_path) == 256
 
 
 def test_the_demos_jobs_are_jobs():
