@@ -14,7 +14,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,8 +71,11 @@ class Reporter:
         """`values` by name for `step` of `split` (train | eval). A step trained again keeps its first report."""
         self._write("metrics", text, key=f"metrics:{split}:{step}", data={"step": step, "split": split, **values})
 
-    def checkpoint(self, step: int, storage_key: str, digest: str, metrics: Mapping[str, float]) -> None:
-        data = {"step": step, "key": storage_key, "digest": digest, "metrics": dict(metrics)}
+    def checkpoint(
+        self, step: int, storage_key: str, digest: str, metrics: Mapping[str, float], pruned: Sequence[int]
+    ) -> None:
+        """`pruned`: steps whose checkpoints were deleted to make room for this one."""
+        data = {"step": step, "key": storage_key, "digest": digest, "metrics": dict(metrics), "pruned": list(pruned)}
         self._write("checkpoint", f"Checkpoint of step {step} saved", key=f"checkpoint:{step}", data=data)
 
     def dataset(self, manifest: Mapping[str, Any], text: str) -> None:

@@ -9,8 +9,8 @@ from dpo_service.storage import paths
 from dpo_service.storage.store import Store
 
 
-def prune(store: Store, job_id: str, *, keep: int, newest: int) -> list[str]:
-    """Delete all but the last `keep` checkpoints of a job, and what crashes left; returns the deleted names.
+def prune(store: Store, job_id: str, *, keep: int, newest: int) -> list[int]:
+    """Delete all but the last `keep` checkpoints of a job, and what crashes left; returns the deleted steps.
 
     `newest` is the step just published: it stays even where damaged ones of later steps, passed over at resume and
     about to be written again, fill the quota.
@@ -21,4 +21,4 @@ def prune(store: Store, job_id: str, *, keep: int, newest: int) -> list[str]:
     leftovers = store.path(paths.checkpoints_dir(job_id)).glob(".step-*.tmp")
     for directory in [*doomed, *leftovers]:
         shutil.rmtree(directory, ignore_errors=True)
-    return [directory.name for directory in doomed]
+    return [int(directory.name.removeprefix("step-")) for directory in doomed]

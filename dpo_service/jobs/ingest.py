@@ -29,6 +29,8 @@ class CheckpointData(Spec):
     key: str
     digest: str
     metrics: dict[str, float | None]
+    pruned: tuple[int, ...] = ()
+    """Steps whose checkpoints were deleted to make room."""
 
 
 async def ingest(session: AsyncSession, submission_id: str, reports: Sequence[Report]) -> int:
@@ -113,10 +115,18 @@ def _keep_progress(job: Job, report: Report) -> None:
 
 
 async def _keep_checkpoint(session: AsyncSession, job: Job, report: Report) -> None:
+    """Reports read again from a spool come in their order, so what one of them brings back a later one forgets."""
     data, moment = _parse(CheckpointData, report), _moment(report.created_at)
     row = await session.get(JobCheckpoint, ids.checkpoint_id(job.id, data.step))
-    if row is not None and row.created_at >= moment:
-        return
+    if row is None or row.created_at < moment:
+        await _store_checkpoint(session, job, data, moment, row)
+    for step in data.pruned:
+        await _forget_checkpoint(session, job, step)
+
+
+async def _store_checkpoint(
+    session: AsyncSession, job: Job, data: CheckpointData, moment: datetime, row: JobCheckpoint | None
+) -> None:
     run = job.run_spec
     if row is None:
         row = JobCheckpoint(id=ids.checkpoint_id(job.id, data.step), job_id=job.id, step=data.step)
@@ -133,6 +143,14 @@ async def _keep_checkpoint(session: AsyncSession, job: Job, report: Report) -> N
         base=run.model.name,
         created_at=moment,
     )
+
+
+async def _forget_checkpoint(session: AsyncSession, job: Job, step: int) -> None:
+    """What lies there no longer is neither listed nor a model."""
+    row = await session.get(JobCheckpoint, ids.checkpoint_id(job.id, step))
+    if row is not None:
+        await models.delete(session, row.model_id)
+        await session.delete(row)
 
 
 def _parse(model: type[S], report: Report) -> S:

@@ -13,9 +13,9 @@ from typing import Any
 
 from dpo_service.specs.serve import EngineSpec, ServeSpec
 
-CPUS_OF_A_REPLICA = 0.1
+CPUS_OF_A_REPLICA = 0
 """What a replica books on a cluster without GPUs. Ray's CPUs are tickets, not cores: a served model idles most of the
-time, and on a laptop with two cores a whole ticket would leave training with two workers waiting for ever."""
+time, and on a laptop with two cores any part of a ticket would leave training with two workers waiting for ever."""
 
 CACHE_MIN_BYTES = 64 << 20
 CACHE_MAX_BYTES = 1 << 30

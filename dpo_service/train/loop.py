@@ -50,7 +50,9 @@ class Reports(Protocol):
 
     def message(self, text: str) -> None: ...
     def metrics(self, split: str, step: int, values: dict[str, float], text: str) -> None: ...
-    def checkpoint(self, step: int, storage_key: str, digest: str, metrics: dict[str, float]) -> None: ...
+    def checkpoint(
+        self, step: int, storage_key: str, digest: str, metrics: dict[str, float], pruned: list[int]
+    ) -> None: ...
     def progress(self, stage: str, done: int, total: int, text: str) -> None: ...
 
 
@@ -275,9 +277,9 @@ class _Training:
         manifest = publish(self._store, facts, lambda path: saving.write(path, self._state, self._model_dir, counters))
         key = paths.checkpoint_dir(run.job_id, self._step)
         self._saved = (key, manifest.digest)
-        prune(self._store, run.job_id, keep=run.keep_checkpoints, newest=self._step)
+        pruned = prune(self._store, run.job_id, keep=run.keep_checkpoints, newest=self._step)
         if self._reports is not None:
-            self._reports.checkpoint(self._step, key, manifest.digest, self._latest)
+            self._reports.checkpoint(self._step, key, manifest.digest, self._latest, pruned)
 
     def _outcome(self, *, stopped: bool) -> TrainOutcome:
         key, digest = self._saved or (None, None)

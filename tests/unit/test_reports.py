@@ -15,6 +15,7 @@ class Api:
 
     def __init__(self):
         self.broken, self.keys, self.tokens, self.deliveries = False, [], set(), 0
+        self.content_types = set()
         api = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -22,6 +23,7 @@ class Api:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 api.deliveries += 1
                 if not api.broken:
+                    api.content_types.add(self.headers["content-type"])
                     api.tokens.add(self.headers["authorization"])
                     api.keys += [r.key for r in REPORTS.validate_json(body)]
                 self.send_response(500 if api.broken else 200)
@@ -56,6 +58,7 @@ def test_reports_are_sent_once_in_order_with_the_token(tmp_path, api):
     assert api.keys == keys
     assert keys[1:] == ["metrics:train:1", "metrics:train:2", "metrics:train:3"]
     assert api.tokens == {"Bearer secret"}
+    assert api.content_types == {"application/json"}
 
 
 def test_a_broken_api_costs_nothing(tmp_path, api, monkeypatch):

@@ -122,7 +122,7 @@ def test_prune_keeps_the_last_and_the_one_just_published(tmp_path):
         save(store, step)
     leftover = store.path(paths.checkpoints_dir(JOB)) / ".step-00000025.0a1b2c3d.tmp"
     leftover.mkdir()
-    assert prune(store, JOB, keep=2, newest=20) == ["step-00000005", "step-00000010"]
+    assert prune(store, JOB, keep=2, newest=20) == [5, 10]
     assert not leftover.exists()
     save(store, 12)
     assert prune(store, JOB, keep=2, newest=12) == []

@@ -50,6 +50,18 @@ async def test_of_a_step_saved_twice_the_later_checkpoint_counts(world: World) -
     assert model.digest == "second"
 
 
+async def test_a_pruned_checkpoint_is_neither_listed_nor_a_model_however_often_it_is_read(world: World) -> None:
+    job_id = await world.running()
+    said = [checkpoint_report(job_id, 5, at=1.0), checkpoint_report(job_id, 10, at=2.0, pruned=[5])]
+    for _ in range(2):
+        await world.ingest(job_id, said)
+        async with world.database.begin() as session:
+            rows, _ = await repository.list_checkpoints(session, job_id)
+            with pytest.raises(NotFound):
+                await models.get(session, ids.checkpoint_model_id(ids.fine_tuned_model_id("base", None, job_id), 5))
+        assert [row.step for row in rows] == [10]
+
+
 async def test_a_dataset_and_progress_are_kept_at_the_job(world: World) -> None:
     job_id = await world.running()
     dataset = Report(key="dataset", created_at=1.0, type="dataset", message="ready", data={"rows": "pairs"})

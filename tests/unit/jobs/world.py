@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -69,8 +69,11 @@ def metrics_report(step: int, at: float = 100.0) -> Report:
     return Report(key=f"metrics:train:{step}", created_at=at, type="metrics", message=f"Step {step}", data=data)
 
 
-def checkpoint_report(job_id: str, step: int, digest: str = "d", at: float = 100.0) -> Report:
-    data = {"step": step, "key": paths.checkpoint_dir(job_id, step), "digest": digest, "metrics": {"loss": 0.5}}
+def checkpoint_report(
+    job_id: str, step: int, digest: str = "d", at: float = 100.0, pruned: Sequence[int] = ()
+) -> Report:
+    key = paths.checkpoint_dir(job_id, step)
+    data = {"step": step, "key": key, "digest": digest, "metrics": {"loss": 0.5}, "pruned": list(pruned)}
     return Report(key=f"checkpoint:{step}", created_at=at, type="checkpoint", message="saved", data=data)
 
 

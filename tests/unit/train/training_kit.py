@@ -175,7 +175,7 @@ class Recorder:
     def metrics(self, split, step, values, text):
         self.values[split, step] = dict(values)
 
-    def checkpoint(self, step, storage_key, digest, metrics):
+    def checkpoint(self, step, storage_key, digest, metrics, pruned):
         self.checkpoints.append(step)
 
     def progress(self, stage, done, total, text):
