@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from dpo_service import ids
 from dpo_service.clock import Clock, SystemClock
@@ -60,6 +61,7 @@ async def admit(
         InvalidSpec, InvalidData, ModelNotFound: the job cannot run; `param` names the field.
         Unavailable: the cluster cannot be asked what it has.
     """
+    _require_trackers(spec)
     model = await resolve(spec.model, database=database, store=store, settings=settings)
     training = await _file(spec, "training_file", spec.training_file, database, clock)
     validation = None
@@ -81,6 +83,15 @@ async def admit(
         seed=seed,
     )
     return run, usable.report
+
+
+def _require_trackers(spec: JobSpec) -> None:
+    if spec.integrations and find_spec("wandb") is None:
+        raise InvalidSpec(
+            "the job asks for Weights & Biases, which is not installed where the service runs; "
+            "pip install 'dpo-service[tracking]' there, or remove `integrations`",
+            param="integrations",
+        )
 
 
 async def _file(spec: JobSpec, param: str, file_id: str, database: Database, clock: Clock | None) -> File:

@@ -30,6 +30,7 @@ from dpo_service.storage import paths
 from dpo_service.storage.store import Store
 from dpo_service.train.loop import TrainOutcome, train
 from dpo_service.train.ranks import Ranks
+from dpo_service.train.tracking import Tracked
 
 MAX_WORKER_FAILURES = 3
 HEALTH_CHECK_S = "0.5"
@@ -136,7 +137,7 @@ def work(loop_config: dict[str, Any]) -> None:
 def _train(config: WorkerConfig, store: Store, ranks: Ranks) -> TrainOutcome:
     attempt = store.read_model(paths.attempt_spec(config.job_id, config.attempt), AttemptSpec)
     stop_flag = store.path(paths.stop_flag(config.job_id, config.attempt))
-    reporter = _reporter(store, attempt) if ranks.first else None
+    reporter = Tracked(_reporter(store, attempt), attempt.run) if ranks.first else None
     try:
         return train(
             attempt.run,

@@ -19,6 +19,7 @@ from dpo_service.storage import paths
 from tests.models import CHAT_TEMPLATE, save_tokenizer
 from tests.unit.jobs.world import World, job_spec
 
+WANDB = {"type": "wandb", "wandb": {"project": "p"}}
 PAIRS = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": f"Not {n}."} for n in range(12)]
 ANSWERS = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(12)]
 CHATS = [
@@ -145,6 +146,7 @@ async def test_a_seed_is_drawn_each_time(ready: World) -> None:
         ({"max_length": 512}, "max_length", "at most 256"),
         ({"training_file": "file-none"}, "training_file", "no file 'file-none'"),
         ({"validation_file": "file-none"}, "validation_file", "no file 'file-none'"),
+        ({"integrations": [WANDB]}, "integrations", "not installed"),
     ],
 )
 async def test_what_cannot_run_is_refused_with_the_field_and_the_mend(
@@ -153,6 +155,12 @@ async def test_what_cannot_run_is_refused_with_the_field_and_the_mend(
     with pytest.raises(InvalidSpec, match=match) as refused:
         await ask(ready, **fields)
     assert refused.value.param == param
+
+
+async def test_an_integration_that_is_installed_is_kept(ready: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_service.jobs.admit.find_spec", lambda name: name)
+    run, _ = await ask(ready, integrations=[WANDB])
+    assert run.integrations[0].wandb.project == "p"
 
 
 async def test_more_workers_than_rows(ready: World) -> None:
