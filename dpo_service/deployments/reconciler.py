@@ -10,7 +10,6 @@ alone by Serve. An application that fails is one entry of the list; the others s
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -29,6 +28,7 @@ from dpo_service.registry import models
 from dpo_service.settings import Settings
 from dpo_service.specs.serve import EngineRequest
 from dpo_service.storage.store import Store
+from dpo_service.ticker import Ticker
 
 logger = logging.getLogger(__name__)
 FAILED_APP_KEPT = timedelta(minutes=10)
@@ -44,42 +44,19 @@ class FinishedJob(Protocol):
     def fine_tuned_model(self) -> str | None: ...
 
 
-class DeploymentReconciler:
+class DeploymentReconciler(Ticker):
     """The one who puts the list of applications. Run one of it: two would agree, but not at once."""
 
     def __init__(
         self, database: Database, store: Store, cluster: Cluster, settings: Settings, clock: Clock | None = None
     ) -> None:
+        super().__init__(settings.reconcile_every_s)
         self._database = database
         self._store = store
         self._cluster = cluster
-        self._settings = settings
         self._clock = clock or SystemClock()
         self._applied: list[ServeApplication] | None = None
         """The list put last by this process; None = none yet."""
-        self._wake = asyncio.Event()
-
-    def wake(self) -> None:
-        """Tick now. To be called in the event loop that runs `run`."""
-        self._wake.set()
-
-    async def run(self, stop: asyncio.Event) -> None:
-        """Tick until `stop` is set. An error ends a tick, never the loop."""
-        while not stop.is_set():
-            self._wake.clear()
-            try:
-                await self.tick()
-            except Exception:
-                logger.exception("the deployments' tick failed; the next one tries again")
-            await self._pause(stop)
-
-    async def _pause(self, stop: asyncio.Event) -> None:
-        waiters = [asyncio.create_task(event.wait()) for event in (stop, self._wake)]
-        try:
-            await asyncio.wait(waiters, timeout=self._settings.reconcile_every_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for waiter in waiters:
-                waiter.cancel()
 
     async def deploy_job(self, session: AsyncSession, job: FinishedJob) -> None:
         """Have the model a job published served, in the transaction that publishes it."""

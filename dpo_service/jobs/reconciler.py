@@ -23,12 +23,13 @@ from dpo_service.jobs.context import Context, OnPublished, Point
 from dpo_service.jobs.steps import step
 from dpo_service.settings import Settings
 from dpo_service.storage.store import Store
+from dpo_service.ticker import Ticker
 
 logger = logging.getLogger(__name__)
 SIDE_BY_SIDE = 16
 
 
-class Reconciler:
+class Reconciler(Ticker):
     """One of any number of owners of the jobs in `database`."""
 
     def __init__(
@@ -45,6 +46,7 @@ class Reconciler:
         random: Random | None = None,
     ) -> None:
         """`base_url`: where jobs reach the API; None = they only spool. `reached` and `random` are for tests."""
+        super().__init__(settings.reconcile_every_s)
         self._context = Context(
             database=database,
             store=store,
@@ -56,30 +58,6 @@ class Reconciler:
             reached=reached or (lambda _point: None),
             random=random or Random(),
         )
-        self._wake = asyncio.Event()
-
-    def wake(self) -> None:
-        """Tick now. To be called in the event loop that runs `run`."""
-        self._wake.set()
-
-    async def run(self, stop: asyncio.Event) -> None:
-        """Tick until `stop` is set. An error ends a tick, never the loop."""
-        while not stop.is_set():
-            self._wake.clear()
-            try:
-                await self.tick()
-            except Exception:
-                logger.exception("the reconciler's tick failed; the next one tries again")
-            await self._pause(stop)
-
-    async def _pause(self, stop: asyncio.Event) -> None:
-        waiters = [asyncio.create_task(event.wait()) for event in (stop, self._wake)]
-        try:
-            timeout = self._context.settings.reconcile_every_s
-            await asyncio.wait(waiters, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for waiter in waiters:
-                waiter.cancel()
 
     async def tick(self) -> int:
         """Look once at every job that needs it; returns how many."""
