@@ -98,22 +98,22 @@ def test_cancel_a_running_job(service, client, tiny_model, pairs):
 
 
 def test_killed_api_and_killed_worker_cost_nothing(service, client, tiny_model, tmp_path):
-    """SIGKILL of the API while it trains, then of a training worker: the run ends, and its history is whole."""
+    """SIGKILL of a training worker, then of the API while the run resumes: it ends, and its history is whole."""
     file = client.files.create(file=pairs_file(tmp_path / "pairs.jsonl", 200, seed=1), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
         model=tiny_model,
         training_file=file.id,
-        method=dpo(batch_size=2, n_epochs=6),
+        method=dpo(batch_size=2, n_epochs=10),
         extra_body={**TWO_WORKERS, "checkpoint": {"every_steps": 20}, "deduplicate": False},
     )
     service.wait_for_step(job.id, 25)
+    os.kill(training_workers()[0].pid, signal.SIGKILL)
     service.kill()
     time.sleep(3)
     service.up()
-    os.kill(training_workers()[0].pid, signal.SIGKILL)
     done = service.wait(job.id, timeout=240)
     assert done.status == "succeeded", (done.error, service.logs(job.id))
-    assert service.steps(job.id) == list(range(1, 601))
+    assert service.steps(job.id) == list(range(1, 1001))
     assert any("resum" in e.message.lower() for e in service.events(job.id))
 
 
