@@ -14,7 +14,9 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -23,6 +25,7 @@ from dpo_service.errors import CheckpointError, DpoServiceError, NotFound, UserE
 from dpo_service.manifests.checkpoint import RunResult
 from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.reports import Reporter
+from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import AttemptSpec, ModelSource, RunSpec
 from dpo_service.storage import paths
 from dpo_service.storage.hub import fetch_model
@@ -30,6 +33,7 @@ from dpo_service.storage.store import Store
 from dpo_service.telemetry import log
 
 logger = logging.getLogger(__name__)
+SETTLE_S = 3.0
 
 
 def main(arguments: list[str]) -> int:
@@ -97,6 +101,7 @@ def _stages(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
     dataset = _prepare(store, run, model_dir, digest, reporter)
     if store.exists(paths.stop_flag(run.job_id, spec.attempt)):
         return RunResult(job_id=run.job_id, attempt=spec.attempt, status="cancelled")
+    _tell_of_waiting(run.resources, reporter)
     outcome = fit(store, spec, dataset, model_dir)
     return RunResult(
         job_id=run.job_id,
@@ -108,6 +113,26 @@ def _stages(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
         trained_tokens=outcome.trained_tokens,
         steps=outcome.steps,
     )
+
+
+def _tell_of_waiting(resources: ResourceSpec, reporter: Reporter) -> None:
+    """Ray starts the workers all at once, when there is room for all; until then a user should know what is missing."""
+    import ray
+
+    deadline = time.monotonic() + SETTLE_S  # what the data stage used is given back within moments
+    while (short := missing(resources, ray.available_resources())) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if short:
+        reporter.message(f"Waiting for {' and '.join(short)}; something else holds the rest", level="warn")
+
+
+def missing(resources: ResourceSpec, free: Mapping[str, float]) -> list[str]:
+    """What the workers need and the cluster has not free at the moment, in words."""
+    needed = {
+        "CPU": resources.workers * resources.cpus_per_worker,
+        "GPU": resources.workers * resources.gpus_per_worker,
+    }
+    return [f"{n} {kind}s ({free.get(kind, 0):g} free)" for kind, n in needed.items() if n > free.get(kind, 0)]
 
 
 def _prepare(store: Store, run: RunSpec, model_dir: Path, digest: str, reporter: Reporter) -> DatasetManifest:

@@ -135,8 +135,10 @@ def _follow(service: Service, job_id: str, *, as_json: bool) -> int:
     require_success(job)
     if not as_json:
         result = job["fine_tuned_model"]
+        # Waiting for a deployment that is already under way is the same command as asking for one.
+        then = "it is being deployed; wait for it with" if job.get("deploy") else "serve it with"
         out.print(
-            f"Job {job_id} succeeded. Its model is [bold]{result}[/bold]; serve it with: dpo deploy {result} --wait",
+            f"Job {job_id} succeeded. Its model is [bold]{result}[/bold]; {then}: dpo deploy {result} --wait",
             soft_wrap=True,
         )
     return int(ExitCode.OK)

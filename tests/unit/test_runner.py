@@ -1,0 +1,125 @@
+"""How an attempt begins and ends, without Ray: every way out leaves a result, and nothing runs twice."""
+
+import signal
+
+import pytest
+
+from dpo_service import runner
+from dpo_service.errors import CheckpointError, InvalidData, NonFiniteLoss, TrainingError
+from dpo_service.manifests.checkpoint import RunResult
+from dpo_service.reports import read_spool, spool_files
+from dpo_service.specs.data import DataSpec
+from dpo_service.specs.method import LossSpec, ReferenceSpec
+from dpo_service.specs.optim import OptimSpec
+from dpo_service.specs.resources import ResourceSpec
+from dpo_service.specs.run import AttemptSpec, BatchSpec, ModelSource, RunSpec
+from dpo_service.storage import paths
+from dpo_service.storage.store import Store
+
+JOB = "ftjob-1"
+
+
+@pytest.fixture(autouse=True)
+def _own_sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path)
+
+
+def attempt(store, number=1):
+    run = RunSpec(
+        job_id=JOB,
+        method="dpo",
+        model=ModelSource(name="base", path="/nowhere"),
+        data=DataSpec(rows="pairs", training_file="files/f/f", training_name="f.jsonl", max_length=64),
+        loss=LossSpec(name="sigmoid"),
+        reference=ReferenceSpec(mode="cached"),
+        optim=OptimSpec(learning_rate=1e-5),
+        batch=BatchSpec(batch_size=2, micro_batch_size=2, n_epochs=1),
+        precision="float32",
+        resources=ResourceSpec(),
+        seed=0,
+        output_model="ft:base::1",
+    )
+    spec = AttemptSpec(run=run, attempt=number, report_url=None, report_token="t")
+    store.write_model(paths.attempt_spec(JOB, number), spec)
+    return spec
+
+
+def main(store, number=1):
+    return runner.main([str(store.root), JOB, str(number)])
+
+
+def result(store, number=1):
+    return store.read_model(paths.attempt_result(JOB, number), RunResult)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "param", "retryable"),
+    [
+        (InvalidData("no answer", line=3, param="training_file"), "invalid_data", "training_file", False),
+        (NonFiniteLoss("loss is nan at step 4"), "non_finite_loss", None, False),
+        (TrainingError("the workers died"), "training_failed", None, True),
+        (RuntimeError("a surprise"), "internal_error", None, True),
+    ],
+)
+def test_every_failure_becomes_a_result(store, monkeypatch, error, code, param, retryable):
+    def fail(*_):
+        raise error
+
+    attempt(store)
+    monkeypatch.setattr(runner, "_stages", fail)
+    assert main(store) == 1
+    ended = result(store)
+    assert (ended.status, ended.error_code, ended.error_param, ended.retryable) == ("failed", code, param, retryable)
+    assert str(error) in ended.error_message
+
+
+def test_a_surprise_is_told_with_its_place(store, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a surprise")
+
+    attempt(store)
+    monkeypatch.setattr(runner, "_stages", fail)
+    main(store)
+    spool = spool_files(store.path(paths.spool_dir(JOB, 1)))
+    said = [report for path in spool for batch, _ in read_spool(path) for report in batch]
+    assert [report.level for report in said] == ["error"]
+    assert "test_runner.py" in said[0].message
+
+
+@pytest.mark.parametrize("how", ["has a result", "has a successor"])
+def test_an_entrypoint_that_is_run_again_does_nothing(store, monkeypatch, how):
+    attempt(store)
+    if how == "has a result":
+        store.write_model(paths.attempt_result(JOB, 1), RunResult(job_id=JOB, attempt=1, status="succeeded"))
+    else:
+        attempt(store, 2)
+    monkeypatch.setattr(runner, "_stages", lambda *_: pytest.fail("it ran"))
+    assert main(store) == 0
+
+
+def test_the_base_model_is_pinned_by_the_first_attempt(store):
+    run = attempt(store).run
+    runner._require_same_base(store, run, "a" * 64)
+    runner._require_same_base(store, run, "a" * 64)
+    with pytest.raises(CheckpointError, match="has changed") as refused:
+        runner._require_same_base(store, run, "b" * 64)
+    assert not refused.value.retryable
+    assert refused.value.param == "model"
+
+
+def test_a_model_is_a_path_or_lies_in_storage(store, tmp_path):
+    assert runner.locate_model(store, ModelSource(name="m", path="/models/m")).as_posix() == "/models/m"
+    assert runner.locate_model(store, ModelSource(name="m", key="jobs/j/model")) == tmp_path / "jobs/j/model"
+
+
+def test_what_is_missing_is_said_in_words():
+    asked = ResourceSpec(workers=2, gpus_per_worker=1)
+    assert runner.missing(asked, {"CPU": 2.0, "GPU": 2.0}) == []
+    assert runner.missing(asked, {"CPU": 1.5}) == ["2 CPUs (1.5 free)", "2 GPUs (0 free)"]
