@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-EXTRAS = ("cpu", "postgres", "s3")
+EXTRAS = ("cpu", "postgres")
 SETUPTOOLS = "setuptools==77.0.3"
 UNWANTED = re.compile(r"^(torchvision|torchaudio|torchcodec|triton|nvidia-.*|cuda-.*|dpo-service)$")
 """CUDA builds, which break `import transformers` beside a CPU torch, and the project itself."""
