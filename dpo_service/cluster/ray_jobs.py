@@ -146,8 +146,10 @@ def submission(
 
 
 def observation(job: Mapping[str, Any]) -> JobObservation:
-    """Ray's JobDetails as an observation. The end of a long message is kept: that is where a traceback ends."""
-    message = str(job.get("message") or "")[-MESSAGE_CHARS:]
+    """Ray's JobDetails as an observation. Of a long message the first line is kept, which says what happened, and the
+    end, where a traceback ends."""
+    headline, _, rest = str(job.get("message") or "").partition("\n")
+    message = headline[-MESSAGE_CHARS:] + (f"\n{rest[-MESSAGE_CHARS:]}" if rest else "")
     match job["status"]:
         case "PENDING":
             return JobObservation(Liveness.ALIVE, message=message)

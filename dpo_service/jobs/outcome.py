@@ -59,7 +59,9 @@ def read_result(store: Store, job_id: str, attempt: int, message: str) -> Ending
     try:
         result = store.read_model(paths.attempt_result(job_id, attempt), RunResult)
     except NotFound:
-        said = f" ({message})" if message else ""
+        # The first line is the cluster's own sentence; what follows is the end of the log, which `dpo logs` shows.
+        headline = message.partition("\n")[0].partition(", last available logs")[0]
+        said = f" ({headline})" if headline else ""
         return Failure(DIED, f"the job's process ended without leaving a result{said}; its log may say why")
     except ValueError as error:
         return Failure(DIED, f"the job's result cannot be read: {error}")

@@ -17,5 +17,10 @@ def configure(level: str = "INFO", file: Path | None = None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file))
     logging.basicConfig(level=level, format=FORMAT, handlers=handlers, force=True)
+    quiet()
+
+
+def quiet() -> None:
+    """Keep the libraries that log every request to their warnings; also for processes whose logging is not ours."""
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -28,6 +28,7 @@ from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import AttemptSpec
 from dpo_service.storage import paths
 from dpo_service.storage.store import Store
+from dpo_service.telemetry import log
 from dpo_service.train.loop import TrainOutcome, train
 from dpo_service.train.ranks import Ranks
 from dpo_service.train.tracking import Tracked
@@ -166,6 +167,7 @@ def _ranks() -> Ranks:
     from ray.train.torch import get_device
 
     logging.getLogger("ray").setLevel(logging.ERROR)
+    log.quiet()
     context = ray.train.get_context()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     return Ranks(context.get_world_rank(), context.get_world_size(), get_device())

@@ -32,6 +32,13 @@ def test_the_end_of_a_long_message_is_kept():
     assert ray_jobs.observation({"status": "FAILED", "message": None}).message == ""
 
 
+def test_the_first_line_of_a_long_message_is_kept_too():
+    told = "exit code -9, last available logs:\n" + "x" * 20_000 + "ValueError: bad"
+    message = ray_jobs.observation({"status": "FAILED", "message": told}).message
+    assert message.startswith("exit code -9")
+    assert message.endswith("ValueError: bad")
+
+
 def test_a_submission_survives_the_shell_and_reserves_nothing():
     entrypoint = ["/path with space/python", "-c", "print('a; rm -rf $HOME')"]
     body = ray_jobs.submission("ftjob-1-a1", entrypoint, {"A": "1"}, {"job": "ftjob-1"})
