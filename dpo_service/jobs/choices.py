@@ -3,11 +3,11 @@
 batch_size      a twentieth of the training rows, 1 to 32, at least one row a worker: 20 steps an epoch
 n_epochs        3 below 2,000 training rows, 2 below 20,000, else 1
 micro_batch     a worker's share of the batch, while its tokens at full length stay under 8,192
-learning rate   the method's own (specs/method.py) times the multiplier; ten times that with LoRA
+learning rate   the loss's own (specs/loss.py) times the multiplier; ten times that with LoRA
 max_length      what the model allows, at most 1024
 precision       float32 on CPUs, bfloat16 on GPUs
 reference       cached, where the method has one
-beta            0.1
+beta and such   what the loss's authors use (specs/loss.py)
 seed            drawn
 """
 
@@ -22,12 +22,12 @@ from dpo_service.registry.tables import File
 from dpo_service.specs.base import chosen_or
 from dpo_service.specs.data import DataSpec
 from dpo_service.specs.job import JobSpec
-from dpo_service.specs.method import DpoHyperparameters, LossSpec, ReferenceSpec
+from dpo_service.specs.loss import LOSS_TABLE, LossSpec
+from dpo_service.specs.method import ReferenceSpec
 from dpo_service.specs.optim import OptimSpec
 from dpo_service.specs.run import BatchSpec, ModelSource, RunSpec
 
 DEFAULT_MAX_LENGTH = 1024
-DEFAULT_BETA = 0.1
 LORA_FACTOR = 10.0
 MICRO_BATCH_TOKENS = 8192
 MAX_AUTO_BATCH = 32
@@ -143,11 +143,7 @@ def _data(spec: JobSpec, training: File, validation: File | None, length: int, s
 
 
 def _loss(spec: JobSpec) -> LossSpec:
-    asked, name = spec.method.hyperparameters, spec.method.row.loss
-    if isinstance(asked, DpoHyperparameters):
-        beta = chosen_or(asked.beta, DEFAULT_BETA)
-        return LossSpec.model_validate({"name": name, "beta": beta, "label_smoothing": asked.label_smoothing})
-    return LossSpec.model_validate({"name": name})
+    return LossSpec.model_validate({"name": spec.method.loss, **spec.method.hyperparameters.loss_options()})
 
 
 def _reference(spec: JobSpec) -> Literal["cached", "live", "none"]:
@@ -157,7 +153,7 @@ def _reference(spec: JobSpec) -> Literal["cached", "live", "none"]:
 
 
 def _optim(spec: JobSpec) -> OptimSpec:
-    default = spec.method.row.learning_rate * (LORA_FACTOR if spec.lora else 1.0)
+    default = LOSS_TABLE[spec.method.loss].learning_rate * (LORA_FACTOR if spec.lora else 1.0)
     multiplier = chosen_or(spec.method.hyperparameters.learning_rate_multiplier, 1.0)
     return OptimSpec(
         learning_rate=spec.learning_rate if spec.learning_rate is not None else default * multiplier,

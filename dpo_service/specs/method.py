@@ -1,17 +1,18 @@
 """A method is one choice on each of three independent axes: pair source x loss x reference.
 
 `METHODS` is that table as data. What a user writes (`method: {type: dpo, dpo: {hyperparameters: ...}}`) names a row;
-what the training step gets is a `LossSpec` and a `ReferenceSpec`, and never the name of the method.
+what the training step gets is a `LossSpec` (loss.py) and a `ReferenceSpec`, and never the name of the method.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dpo_service.specs.base import AUTO, Auto, Spec
+from dpo_service.specs.loss import DpoLoss, LossName, refusal
 
 RowKind = Literal["pairs", "answers"]
 """What a training file must hold: preference pairs, or prompts with one answer each."""
@@ -23,17 +24,20 @@ class MethodRow:
 
     pairs: Literal["dataset"]
     rows: RowKind
-    loss: str
+    loss: LossName
+    """What it trains unless `loss` among its hyperparameters says otherwise."""
     reference: Literal["initial", "none"]
-    paper: str
-    learning_rate: float
-    """Default peak learning rate; a `learning_rate_multiplier` multiplies it."""
 
 
 METHODS: dict[str, MethodRow] = {
-    "dpo": MethodRow("dataset", "pairs", "sigmoid", "initial", "arXiv:2305.18290", 5e-6),
-    "supervised": MethodRow("dataset", "answers", "sft", "none", "next-token cross-entropy", 2e-5),
+    "dpo": MethodRow("dataset", "pairs", "sigmoid", "initial"),
+    "ipo": MethodRow("dataset", "pairs", "ipo", "initial"),
+    "orpo": MethodRow("dataset", "pairs", "orpo", "none"),
+    "simpo": MethodRow("dataset", "pairs", "simpo", "none"),
+    "supervised": MethodRow("dataset", "answers", "sft", "none"),
 }
+
+Weight = Annotated[float, Field(ge=0, le=100)]
 
 
 class SupervisedHyperparameters(Spec):
@@ -42,27 +46,95 @@ class SupervisedHyperparameters(Spec):
     learning_rate_multiplier: Auto[Annotated[float, Field(gt=0)]] = AUTO
     n_epochs: Auto[Annotated[int, Field(ge=1, le=50)]] = AUTO
 
+    def loss_options(self) -> dict[str, float]:
+        """The numbers of the loss that the user chose; what is left out is the service's to decide."""
+        given = self.model_dump(exclude={*SupervisedHyperparameters.model_fields, "loss"})
+        return {name: value for name, value in given.items() if value != AUTO}
+
 
 class DpoHyperparameters(SupervisedHyperparameters):
+    """Which of these a loss takes is in `LOSS_TABLE`; one that it does not take is refused."""
+
+    loss: DpoLoss = "sigmoid"
+    beta: Auto[Annotated[float, Field(gt=0)]] = AUTO
+    """Strength of the pull towards the reference (arXiv:2305.18290, eq. 7); at most 2, `sigmoid_norm` 100."""
+    label_smoothing: Auto[Annotated[float, Field(ge=0, lt=0.5)]] = AUTO
+    """Assumed share of flipped labels (`sigmoid`: conservative DPO; `robust`; `exo_pair`)."""
+    discopop_tau: Auto[Annotated[float, Field(gt=0, lt=1)]] = AUTO
+    length_penalty: Auto[Annotated[float, Field(ge=0, le=10)]] = AUTO
+    """R-DPO's alpha, nats a token (`sigmoid`, `robust`, `hinge`)."""
+    rpo_alpha: Auto[Weight] = AUTO
+    """Weight of the chosen answer's negative log-likelihood per token (RPO; all but `apo_down`)."""
+
+    @field_validator("beta", "label_smoothing", "discopop_tau", "length_penalty", "rpo_alpha")
+    @classmethod
+    def _used_by_the_loss(cls, value: Auto[float], info: ValidationInfo) -> Auto[float]:
+        assert info.field_name is not None
+        if value == AUTO or "loss" not in info.data:
+            return value
+        if why := refusal(info.data["loss"], info.field_name, value):
+            raise ValueError(why)
+        return value
+
+
+class IpoHyperparameters(SupervisedHyperparameters):
     beta: Auto[Annotated[float, Field(gt=0, le=2)]] = AUTO
-    """Strength of the pull towards the reference (arXiv:2305.18290, eq. 7)."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Assumed share of flipped labels (conservative DPO)."""
+    """Half the inverse of the margin it trains towards (tau of arXiv:2310.12036)."""
+    length_normalize: bool = True
+    """Mean over an answer's tokens, as the authors advise and TRL does; false = their sum, as OpenRLHF does."""
+    rpo_alpha: Auto[Weight] = AUTO
+
+
+class OrpoHyperparameters(SupervisedHyperparameters):
+    lam: Auto[Annotated[float, Field(gt=0, le=10)]] = AUTO
+    """Weight of the odds-ratio term (lambda of arXiv:2403.07691; TRL calls it beta)."""
+
+
+class SimpoHyperparameters(SupervisedHyperparameters):
+    beta: Auto[Annotated[float, Field(gt=0, le=100)]] = AUTO
+    """Scale of the mean log-probability (arXiv:2405.14734); the authors use 2 to 10."""
+    gamma_beta_ratio: Auto[Annotated[float, Field(ge=0, le=2)]] = AUTO
+    """Target margin divided by beta; the authors use at most 0.8."""
+    rpo_alpha: Auto[Weight] = AUTO
 
 
 class DpoMethod(Spec):
     hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
 
+class IpoMethod(Spec):
+    hyperparameters: IpoHyperparameters = IpoHyperparameters()
+
+
+class OrpoMethod(Spec):
+    hyperparameters: OrpoHyperparameters = OrpoHyperparameters()
+
+
+class SimpoMethod(Spec):
+    hyperparameters: SimpoHyperparameters = SimpoHyperparameters()
+
+
 class SupervisedMethod(Spec):
     hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
+
+
+_DEFAULT_BLOCKS: dict[str, Any] = {
+    "dpo": DpoMethod(),
+    "ipo": IpoMethod(),
+    "orpo": OrpoMethod(),
+    "simpo": SimpoMethod(),
+    "supervised": SupervisedMethod(),
+}
 
 
 class MethodSpec(Spec):
     """The method as the user names it. The block under the method's own name holds its hyperparameters."""
 
-    type: Literal["dpo", "supervised"]
+    type: Literal["dpo", "ipo", "orpo", "simpo", "supervised"]
     dpo: DpoMethod | None = None
+    ipo: IpoMethod | None = None
+    orpo: OrpoMethod | None = None
+    simpo: SimpoMethod | None = None
     supervised: SupervisedMethod | None = None
 
     @model_validator(mode="after")
@@ -78,18 +150,14 @@ class MethodSpec(Spec):
 
     @property
     def hyperparameters(self) -> SupervisedHyperparameters:
-        """The hyperparameters of the named method (a `DpoHyperparameters` for the paired ones)."""
-        block = getattr(self, self.type)
-        defaults = DpoMethod() if self.type == "dpo" else SupervisedMethod()
-        return (block or defaults).hyperparameters
+        """The hyperparameters of the named method, in the class of its own."""
+        block = getattr(self, self.type) or _DEFAULT_BLOCKS[self.type]
+        return cast(SupervisedHyperparameters, block.hyperparameters)
 
-
-class LossSpec(Spec):
-    """The loss, every number decided."""
-
-    name: Literal["sigmoid", "sft"]
-    beta: float = 0.1
-    label_smoothing: float = 0.0
+    @property
+    def loss(self) -> LossName:
+        asked = self.hyperparameters
+        return asked.loss if isinstance(asked, DpoHyperparameters) else self.row.loss
 
 
 class ReferenceSpec(Spec):

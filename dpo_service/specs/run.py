@@ -8,7 +8,8 @@ from dpo_service.specs.adapter import LoraSpec
 from dpo_service.specs.base import Spec
 from dpo_service.specs.data import DataSpec
 from dpo_service.specs.job import Integration
-from dpo_service.specs.method import LossSpec, ReferenceSpec
+from dpo_service.specs.loss import LossSpec
+from dpo_service.specs.method import ReferenceSpec
 from dpo_service.specs.optim import OptimSpec
 from dpo_service.specs.resources import ResourceSpec
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from dpo_service.specs.loss import LossSpec
 from dpo_service.train.batch import MicroBatch
 from dpo_service.train.logprobs import Completions
-from dpo_service.train.losses import DIVISOR, LossInputs
+from dpo_service.train.losses import DIVISOR, LossInputs, rewards
 from dpo_service.train.ranks import Ranks
 
 _COMMON = ("loss", "rows", "answer_tokens", "tokens", "truncated")
@@ -35,7 +36,7 @@ def reduce(sums: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
 
 
 def of_batch(
-    batch: MicroBatch, completions: Completions, inputs: LossInputs, loss_P: Tensor, beta: float
+    batch: MicroBatch, completions: Completions, inputs: LossInputs, loss_P: Tensor, spec: LossSpec
 ) -> dict[str, float]:
     """The sums of one micro-batch on one rank."""
     sums = {
@@ -47,13 +48,13 @@ def of_batch(
     }
     if not batch.paired:
         return {**sums, "correct": float(completions.correct_S.sum())}
-    return {**sums, **_of_pairs(inputs, beta)}
+    return {**sums, **_of_pairs(inputs, spec)}
 
 
-def _of_pairs(inputs: LossInputs, beta: float) -> dict[str, float]:
-    """Implicit rewards are beta * D. Accuracy: margin > 0; an exact tie, as before the first step, counts one half
-    (TRL counts it 0), so that an untrained policy scores one half and not nothing."""
-    chosen_P, rejected_P = (beta * ratio_P.detach() for ratio_P in inputs.log_ratios())
+def _of_pairs(inputs: LossInputs, spec: LossSpec) -> dict[str, float]:
+    """Accuracy: margin of the implicit rewards > 0; an exact tie, as before the first step, counts one half (TRL counts
+    it 0), so that an untrained policy scores one half and not nothing."""
+    chosen_P, rejected_P = rewards(inputs, spec)
     wins_P = (chosen_P > rejected_P).float() + 0.5 * (chosen_P == rejected_P).float()
     assert inputs.rejected_P is not None
     return {

@@ -19,7 +19,7 @@ from dpo_service.specs.run import RunSpec
 from dpo_service.train import metrics
 from dpo_service.train.batch import MicroBatch
 from dpo_service.train.logprobs import Completions, completion_logps
-from dpo_service.train.losses import LOSSES, LossInputs
+from dpo_service.train.losses import LossInputs, row_losses
 from dpo_service.train.optim import clip_gradients, learning_rate, require_finite, trained_parameters
 from dpo_service.train.policy import adapter_dropout, autocast, base_of
 from dpo_service.train.ranks import Ranks
@@ -87,8 +87,8 @@ def _forward(state: TrainState, batch: MicroBatch) -> tuple[Tensor, dict[str, fl
     with autocast(state.ranks.device, state.run.precision):
         completions = completion_logps(base_of(state.policy), batch)
     inputs = loss_inputs(batch, completions, state.reference(batch))
-    loss_P = LOSSES[state.run.loss.name](inputs, state.run.loss)
-    return loss_P, metrics.of_batch(batch, completions, inputs, loss_P, state.run.loss.beta)
+    loss_P = row_losses(inputs, state.run.loss)
+    return loss_P, metrics.of_batch(batch, completions, inputs, loss_P, state.run.loss)
 
 
 def loss_inputs(batch: MicroBatch, completions: Completions, reference: tuple[Tensor, Tensor] | None) -> LossInputs:

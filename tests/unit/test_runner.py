@@ -9,7 +9,8 @@ from dpo_service.errors import CheckpointError, InvalidData, NonFiniteLoss, Trai
 from dpo_service.manifests.checkpoint import RunResult
 from dpo_service.reports import read_spool, spool_files
 from dpo_service.specs.data import DataSpec
-from dpo_service.specs.method import LossSpec, ReferenceSpec
+from dpo_service.specs.loss import LossSpec
+from dpo_service.specs.method import ReferenceSpec
 from dpo_service.specs.optim import OptimSpec
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import AttemptSpec, BatchSpec, ModelSource, RunSpec

@@ -11,6 +11,7 @@ from dpo_service.jobs.states import OPENAI_STATUS
 from dpo_service.jobs.tables import Job, JobCheckpoint, JobEvent
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.specs.job import JobSpec
+from dpo_service.specs.loss import LossSpec
 from dpo_service.specs.run import RunSpec
 
 Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
@@ -113,10 +114,12 @@ class JobObject(Wire):
 
 
 def _hyperparameters(spec: JobSpec, run: RunSpec) -> dict[str, Any]:
-    """As submitted, with what "auto" has become. The multiplier stays as it was given."""
+    """As submitted, with what "auto" has become, and without what the loss does not take. The multiplier stays as it
+    was given."""
     given = spec.method.hyperparameters.model_dump(mode="json")
-    decided = {"batch_size": run.batch.batch_size, "n_epochs": run.batch.n_epochs, "beta": run.loss.beta}
-    return {name: decided[name] if value == "auto" and name in decided else value for name, value in given.items()}
+    decided = run.loss.model_dump() | {"batch_size": run.batch.batch_size, "n_epochs": run.batch.n_epochs}
+    values = {name: decided.get(name, value) if value == "auto" else value for name, value in given.items()}
+    return {name: value for name, value in values.items() if name not in LossSpec.model_fields or name in decided}
 
 
 def _run(run: RunSpec) -> dict[str, Any]:

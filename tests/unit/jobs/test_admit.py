@@ -78,7 +78,8 @@ def dpo(**hyperparameters: Any) -> dict[str, Any]:
 async def test_every_number_left_open_is_decided(ready: World) -> None:
     run, report = await ask(ready)
     assert report.kept == 12
-    assert run.loss.model_dump() == {"name": "sigmoid", "beta": 0.1, "label_smoothing": 0.0}
+    numbers = {"beta": 0.1, "label_smoothing": 0.0, "length_penalty": 0.0, "rpo_alpha": 0.0}
+    assert run.loss.model_dump() == {"name": "sigmoid", **numbers}
     assert run.batch.model_dump() == {"batch_size": 1, "micro_batch_size": 1, "n_epochs": 3, "max_steps": None}
     assert (run.data.max_length, run.precision, run.reference.mode) == (256, "float32", "cached")
     assert run.optim.learning_rate == 5e-6
@@ -106,6 +107,21 @@ async def test_supervised_has_no_reference_and_its_own_rate(ready: World) -> Non
     run, _ = await ask(ready, ANSWERS, method={"type": "supervised"})
     assert (run.loss.name, run.reference.mode, run.data.rows) == ("sft", "none", "answers")
     assert run.optim.learning_rate == 2e-5
+
+
+async def test_a_loss_without_a_reference_gets_none(ready: World) -> None:
+    for method, rate in (("simpo", 5e-7), ("orpo", 8e-6)):
+        run, _ = await ask(ready, method={"type": method})
+        assert (run.loss.name, run.reference.mode, run.data.rows) == (method, "none", "pairs")
+        assert run.optim.learning_rate == rate
+
+
+async def test_a_loss_of_dpo_and_its_numbers_are_kept(ready: World) -> None:
+    run, _ = await ask(ready, method=dpo(loss="robust", label_smoothing=0.2, length_penalty=0.01))
+    assert (run.method, run.loss.name, run.reference.mode) == ("dpo", "robust", "cached")
+    assert (run.loss.label_smoothing, run.loss.length_penalty) == (0.2, 0.01)
+    run, _ = await ask(ready, method={"type": "ipo", "ipo": {"hyperparameters": {"length_normalize": False}}})
+    assert (run.loss.name, run.loss.length_normalize, run.reference.mode) == ("ipo", False, "cached")
 
 
 async def test_lora_and_the_multiplier_scale_the_rate(ready: World) -> None:

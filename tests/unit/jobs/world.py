@@ -30,7 +30,8 @@ from dpo_service.reports import Report
 from dpo_service.settings import Settings
 from dpo_service.specs.data import DataSpec
 from dpo_service.specs.job import JobSpec
-from dpo_service.specs.method import LossSpec, ReferenceSpec
+from dpo_service.specs.loss import LossSpec
+from dpo_service.specs.method import ReferenceSpec
 from dpo_service.specs.optim import OptimSpec
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import BatchSpec, ModelSource, RunSpec

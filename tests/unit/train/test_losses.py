@@ -1,4 +1,4 @@
-"""Losses: golden values, identities, gradients."""
+"""Losses: golden values, identities, signs, gradients."""
 
 from __future__ import annotations
 
@@ -7,80 +7,225 @@ import math
 import pytest
 import torch
 
-from dpo_service.specs.method import METHODS, LossSpec
-from dpo_service.train.losses import DIVISOR, LOSSES, LossInputs, sft, sigmoid
+from dpo_service.specs.loss import LOSS_TABLE, LossSpec
+from dpo_service.train.losses import DIVISOR, LOSSES, LossInputs, log1mexp, rewards, row_losses, sigmoid
+
+CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED = [-10.0, -3.0], [-20.0, -4.0], [-12.0, -3.0], [-15.0, -9.0]
+N_CHOSEN, N_REJECTED = [4, 2], [5, 8]
+PAIRED = sorted(set(LOSSES) - {"sft"})
+LOGISTIC = ("sigmoid", "robust", "sigmoid_norm")
 
 
-def inputs(chosen, rejected, ref_chosen, ref_rejected):
+def inputs(chosen, rejected, ref_chosen, ref_rejected, *, n_chosen=3, n_rejected=3):
     return LossInputs(
         chosen_P=chosen,
-        chosen_tokens_P=torch.full_like(chosen, 3),
+        chosen_tokens_P=torch.zeros_like(chosen, dtype=torch.int64) + torch.as_tensor(n_chosen),
         rejected_P=rejected,
-        rejected_tokens_P=torch.full_like(rejected, 3),
+        rejected_tokens_P=torch.zeros_like(rejected, dtype=torch.int64) + torch.as_tensor(n_rejected),
         ref_chosen_P=ref_chosen,
         ref_rejected_P=ref_rejected,
     )
 
 
 def golden():
-    """h = (-10 + 12) - (-20 + 15) = 7 and h = (-3 + 3) - (-4 + 9) = -5."""
-    columns = ([-10.0, -3.0], [-20.0, -4.0], [-12.0, -3.0], [-15.0, -9.0])
-    return inputs(*(torch.tensor(column, dtype=torch.float64) for column in columns))
+    """D_w = 2, 0; D_l = -5, 5; h = 7, -5; per token D_w = .5, 0; D_l = -1, .625; lp_w = -2.5, -1.5; lp_l = -4, -.5."""
+    columns = (torch.tensor(column, dtype=torch.float64) for column in (CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED))
+    return inputs(*columns, n_chosen=N_CHOSEN, n_rejected=N_REJECTED)
 
 
-def test_every_method_has_its_loss():
-    assert {row.loss for row in METHODS.values()} == set(LOSSES) == set(DIVISOR)
+def s(x):
+    return 1 / (1 + math.exp(-x))
 
 
-def test_sigmoid_golden():
-    loss_P = sigmoid(golden(), LossSpec(name="sigmoid", beta=0.1))
-    expected = [math.log1p(math.exp(-0.7)), math.log1p(math.exp(0.5))]
-    assert loss_P.tolist() == pytest.approx(expected, rel=1e-12)
-    assert loss_P.tolist() == pytest.approx([0.403186, 0.974077], abs=1e-6)
+def log_s(x):
+    return -math.log(1 + math.exp(-x))
 
 
-def test_label_smoothing_golden():
-    loss_P = sigmoid(golden(), LossSpec(name="sigmoid", beta=0.1, label_smoothing=0.2))
-    assert loss_P.tolist() == pytest.approx(
-        [0.8 * 0.403186 + 0.2 * 1.103186, 0.8 * 0.974077 + 0.2 * 0.474077], abs=1e-6
-    )
+def log_odds(a):
+    p = math.exp(a)
+    return math.log(p / (1 - p))
 
 
-def test_sft_is_the_negative_log_likelihood():
-    answers = LossInputs(chosen_P=torch.tensor([-2.5, -7.0]), chosen_tokens_P=torch.tensor([2, 5]))
-    assert sft(answers, LossSpec(name="sft")).tolist() == [2.5, 7.0]
+def kl(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def smoothed(margin, e):
+    return -(1 - e) * log_s(margin) - e * log_s(-margin)
+
+
+def lrml(x, tau):
+    m = s(x / tau)
+    return -(1 - m) * log_s(x) + m * math.exp(-x)
+
+
+GOLDEN = [
+    ("sigmoid", {}, [-log_s(0.7), -log_s(-0.5)]),
+    ("sigmoid", {"beta": 0.2, "label_smoothing": 0.2}, [smoothed(1.4, 0.2), smoothed(-1.0, 0.2)]),
+    ("sigmoid", {"length_penalty": 0.05}, [-log_s(0.7 - 0.05), -log_s(-0.5 - 0.3)]),
+    ("sigmoid", {"rpo_alpha": 2.0}, [-log_s(0.7) + 5.0, -log_s(-0.5) + 3.0]),
+    ("robust", {}, [(0.1 * log_s(-h) - 0.9 * log_s(h)) / 0.8 for h in (0.7, -0.5)]),
+    ("robust", {"label_smoothing": 0.25}, [(0.25 * log_s(-h) - 0.75 * log_s(h)) / 0.5 for h in (0.7, -0.5)]),
+    ("hinge", {}, [0.3, 1.5]),
+    ("hinge", {"beta": 0.2, "length_penalty": 0.5}, [1 - 1.4 + 0.5, 1 + 1.0 + 3.0]),
+    ("ipo", {}, [(1.5 - 5) ** 2, (-0.625 - 5) ** 2]),
+    ("ipo", {"length_normalize": False, "beta": 0.25}, [(7 - 2) ** 2, (-5 - 2) ** 2]),
+    ("ipo", {"rpo_alpha": 1.0}, [3.5**2 + 2.5, 5.625**2 + 1.5]),
+    ("sigmoid_norm", {}, [-log_s(7.5), -log_s(-3.125)]),
+    ("exo_pair", {}, [kl((s(0.7), s(-0.7)), (0.999, 0.001)), kl((s(-0.5), s(0.5)), (0.999, 0.001))]),
+    ("exo_pair", {"label_smoothing": 0.3}, [kl((s(0.7), s(-0.7)), (0.7, 0.3)), kl((s(-0.5), s(0.5)), (0.7, 0.3))]),
+    ("nca_pair", {"beta": 0.1}, [-log_s(w) - log_s(-w) / 2 - log_s(-x) / 2 for w, x in ((0.2, -0.5), (0.0, 0.5))]),
+    ("apo_zero", {}, [1 - s(0.2) + s(-0.5), 0.5 + s(0.5)]),
+    ("apo_down", {}, [s(0.2) + 1 - s(0.7), 0.5 + 1 - s(-0.5)]),
+    ("discopop", {}, [lrml(0.7, 0.05), lrml(-0.5, 0.05)]),
+    ("discopop", {"beta": 0.01, "discopop_tau": 0.5}, [lrml(0.07, 0.5), lrml(-0.05, 0.5)]),
+    ("sppo", {}, [(498**2 + 495**2) / 2, (500**2 + 505**2) / 2]),
+    ("sppo", {"beta": 0.25}, [(0 + 3**2) / 2, (2**2 + 7**2) / 2]),
+    ("orpo", {}, [-w - 0.1 * log_s(log_odds(a) - log_odds(b)) for w, a, b in ((-2.5, -2.5, -4), (-1.5, -1.5, -0.5))]),
+    ("orpo", {"lam": 1.5}, [-a - 1.5 * log_s(log_odds(a) - log_odds(b)) for a, b in ((-2.5, -4), (-1.5, -0.5))]),
+    ("simpo", {}, [-log_s(2 * 1.5 - 1), -log_s(-2 * 1 - 1)]),
+    ("simpo", {"beta": 10.0, "gamma_beta_ratio": 0.1}, [-log_s(15 - 1), -log_s(-10 - 1)]),
+    ("sft", {}, [10.0, 3.0]),
+]
+
+
+@pytest.mark.parametrize(("name", "numbers", "expected"), GOLDEN, ids=lambda value: str(value)[:40])
+def test_golden(name, numbers, expected):
+    assert row_losses(golden(), LossSpec(name=name, **numbers)).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_golden_written_out():
+    """The same from figures, should the formulas above share a mistake with the code."""
+    assert row_losses(golden(), LossSpec(name="sigmoid")).tolist() == pytest.approx([0.403186, 0.974077], abs=1e-6)
+    assert row_losses(golden(), LossSpec(name="simpo")).tolist() == pytest.approx([0.126928, 3.048587], abs=1e-6)
+    assert row_losses(golden(), LossSpec(name="apo_zero")).tolist() == pytest.approx([0.827707, 1.122459], abs=1e-6)
+
+
+def test_every_loss_of_the_table_is_there_and_tested():
+    assert set(LOSS_TABLE) == set(LOSSES) == set(DIVISOR) == {name for name, _, _ in GOLDEN}
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_policy_that_is_the_reference_has_loss_ln_2(smoothing):
+@pytest.mark.parametrize("name", LOGISTIC)
+def test_policy_that_is_the_reference_has_loss_ln_2(name, smoothing):
     logps = torch.randn(5) * 50
     same = inputs(logps, logps - 3, logps, logps - 3)
-    loss_P = sigmoid(same, LossSpec(name="sigmoid", label_smoothing=smoothing))
-    assert torch.allclose(loss_P, torch.full((5,), math.log(2)), atol=1e-6)
+    numbers = {"label_smoothing": smoothing} if "label_smoothing" in LOSS_TABLE[name].options else {}
+    assert torch.allclose(row_losses(same, LossSpec(name=name, **numbers)), torch.tensor(math.log(2)), atol=1e-6)
 
 
-def test_extreme_margins_stay_finite():
-    far = torch.tensor([1e4, -1e4])
-    zero = torch.zeros(2, requires_grad=True)
-    loss_P = sigmoid(inputs(far + zero, zero, zero.detach(), zero.detach()), LossSpec(name="sigmoid", beta=1.0))
+def slopes(name, chosen=0.0, rejected=0.0, **numbers):
+    """d loss / d lp of the chosen and of the rejected answer, at these D."""
+    columns = [torch.tensor([value - 6.0], dtype=torch.float64, requires_grad=True) for value in (chosen, rejected)]
+    at = torch.full((1,), -6.0, dtype=torch.float64)
+    loss_P = row_losses(inputs(*columns, at, at), LossSpec(name=name, **numbers))
+    return [float(slope) for slope in torch.autograd.grad(loss_P.sum(), columns)]
+
+
+@pytest.mark.parametrize("name", sorted(set(PAIRED) - {"apo_down", "discopop"}))
+def test_the_chosen_answer_is_pushed_up_and_the_rejected_down(name):
+    chosen, rejected = slopes(name)
+    assert chosen < 0 < rejected
+
+
+def test_apo_down_pushes_both_down_and_the_rejected_one_further():
+    chosen, rejected = slopes("apo_down", chosen=3, rejected=-3, beta=0.5)
+    assert chosen > 0
+    assert rejected > 0
+    assert slopes("apo_down")[0] == pytest.approx(0), "at the reference only the rejected answer moves"
+    assert slopes("apo_down")[1] > 0.02
+
+
+@pytest.mark.parametrize("h", [-50.0, -20.0, 20.0, 50.0])
+def test_discopop_pushes_apart_outside_of_its_bump(h):
+    chosen, rejected = slopes("discopop", chosen=h)
+    assert chosen < 0 < rejected
+    assert slopes("discopop")[0] > 0, "inside of it the authors' loss rises"
+
+
+def test_a_longer_chosen_answer_pushes_less_under_the_length_penalty():
+    def push(n_chosen, penalty):
+        chosen = torch.zeros(1, requires_grad=True)
+        zero = torch.zeros(1)
+        spec = LossSpec(name="sigmoid", length_penalty=penalty)
+        sigmoid(inputs(chosen, zero, zero, zero, n_chosen=n_chosen, n_rejected=10), spec).backward()
+        return -float(chosen.grad)
+
+    assert push(30, 0.1) < push(10, 0.1) < push(5, 0.1)
+    assert push(30, 0.0) == push(10, 0.0) == push(10, 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", PAIRED)
+def test_extreme_log_probabilities_stay_finite(name, dtype):
+    far = torch.tensor([0.0, -1e-9, -1e-3, -1e4, -1e3, -100.0, 0.0], dtype=dtype, requires_grad=True)
+    near = torch.tensor([0.0, 0.0, -1e4, -1e-3, 0.0, 0.0, -100.0], dtype=dtype, requires_grad=True)
+    zero = torch.zeros(7, dtype=dtype)
+    scale = {} if name == "orpo" else {"beta": 1.0}
+    loss_P = row_losses(inputs(far, near, zero, zero), LossSpec(name=name, **scale))
     loss_P.sum().backward()
-    assert torch.isfinite(loss_P).all()
-    assert torch.isfinite(zero.grad).all()
+    for value in (loss_P, far.grad, near.grad):
+        assert torch.isfinite(value).all()
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_gradient_of_sigmoid(smoothing):
-    spec = LossSpec(name="sigmoid", beta=0.3, label_smoothing=smoothing)
-    columns = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
-    assert torch.autograd.gradcheck(lambda *c: sigmoid(inputs(*c), spec), columns)
+def test_discopop_vanishes_far_below_where_the_plain_formula_is_nan():
+    x = torch.tensor([-100.0])
+    naive = -(1 - torch.sigmoid(x / 0.05)) * torch.nn.functional.logsigmoid(x) + torch.sigmoid(x / 0.05) * torch.exp(-x)
+    assert torch.isnan(naive)
+    assert row_losses(inputs(x, x * 0, x * 0, x * 0), LossSpec(name="discopop", beta=1.0)).item() == pytest.approx(100)
+
+
+def test_log1mexp_is_precise_at_both_ends():
+    x = [-1e-6, -1e-3, -0.5, -math.log(2), -1.0, -20.0, -80.0]
+    expected = [math.log(-math.expm1(value)) if value > -1 else math.log1p(-math.exp(value)) for value in x]
+    assert log1mexp(torch.tensor(x)).tolist() == pytest.approx(expected, rel=1e-6, abs=1e-37)
+
+
+GRADIENTS = [(name, {}) for name in PAIRED] + [
+    ("sigmoid", {"beta": 0.3, "label_smoothing": 0.1, "length_penalty": 0.2, "rpo_alpha": 0.7}),
+    ("hinge", {"length_penalty": 0.2}),
+    ("ipo", {"length_normalize": False}),
+    ("exo_pair", {"beta": 1.0, "label_smoothing": 0.2}),
+    ("nca_pair", {"beta": 1.0}),
+    ("discopop", {"beta": 1.0, "discopop_tau": 0.5}),
+    ("sppo", {"beta": 0.5}),
+    ("simpo", {"rpo_alpha": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "numbers"), GRADIENTS)
+def test_gradient(name, numbers):
+    spec, generator = LossSpec(name=name, **numbers), torch.Generator().manual_seed(0)
+    columns = [
+        (-5 - torch.rand(6, dtype=torch.float64, generator=generator) * 9).requires_grad_(n < 2) for n in range(4)
+    ]
+    tokens = {"n_chosen": [1, 2, 3, 4, 5, 9], "n_rejected": [4, 2, 8, 1, 3, 5]}
+    assert torch.autograd.gradcheck(lambda w, x: row_losses(inputs(w, x, *columns[2:], **tokens), spec), columns[:2])
 
 
 def test_gradient_of_sft():
     chosen = torch.randn(4, dtype=torch.float64, requires_grad=True)
     tokens = torch.ones(4)
-    assert torch.autograd.gradcheck(lambda c: sft(LossInputs(c, tokens), LossSpec(name="sft")), [chosen])
+    assert torch.autograd.gradcheck(lambda c: row_losses(LossInputs(c, tokens), LossSpec(name="sft")), [chosen])
 
 
-def test_loss_without_its_inputs_is_refused():
+def test_rewards_are_measured_against_the_reference_where_there_is_one():
+    def of(name, **numbers):
+        return [column.tolist() for column in rewards(golden(), LossSpec(name=name, **numbers))]
+
+    assert of("sigmoid", beta=0.5) == of("ipo", beta=0.5) == [[1.0, 0.0], [-2.5, 2.5]]
+    assert of("simpo", beta=2.0) == [[-5.0, -3.0], [-8.0, -1.0]]
+    assert of("orpo", lam=0.5) == [[-1.25, -0.75], [-2.0, -0.25]]
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_loss_without_its_inputs_is_refused(name):
     with pytest.raises(AssertionError, match="pairs"):
-        sigmoid(LossInputs(torch.zeros(1), torch.ones(1)), LossSpec(name="sigmoid"))
+        row_losses(LossInputs(torch.zeros(1), torch.ones(1)), LossSpec(name=name))
+    zero, tokens = torch.zeros(1) - 1, torch.ones(1)
+    without = LossInputs(zero, tokens, zero, tokens)
+    if LOSS_TABLE[name].reference:
+        with pytest.raises(AssertionError, match="reference"):
+            row_losses(without, LossSpec(name=name))
+    else:
+        assert torch.isfinite(row_losses(without, LossSpec(name=name))).all()

@@ -13,7 +13,8 @@ import torch
 from dpo_service.checkpoint.format import digest_of
 from dpo_service.manifests.dataset import DatasetManifest, DatasetReport, SplitManifest
 from dpo_service.specs.data import DataSpec
-from dpo_service.specs.method import LossSpec, ReferenceSpec
+from dpo_service.specs.loss import LOSS_TABLE, LossSpec
+from dpo_service.specs.method import ReferenceSpec
 from dpo_service.specs.optim import OptimSpec
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import BatchSpec, ModelSource, RunSpec
@@ -111,18 +112,20 @@ def make_job(
     micro_batch_size: int = 4,
     learning_rate: float = 3e-3,
     columns: dict[str, list] | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | None = None,
+    loss_options: dict[str, float] | None = None,
     shuffle: bool = True,
     weight_decay: float = 0.0,
     **run_options,
 ) -> Job:
     store = Store(root)
-    paired = loss != "sft"
+    paired, referenced = loss != "sft", LOSS_TABLE[loss].reference
+    options = dict(loss_options or {}) | ({} if label_smoothing is None else {"label_smoothing": label_smoothing})
     tables = {"train": as_table(columns or random_rows(rows, paired=paired))}
     if validation:
         tables["validation"] = as_table(random_rows(validation, paired=paired, seed=1))
     base = digest_of(model_dir)
-    if paired and reference == "cached":
+    if referenced and reference == "cached":
         scorer = ReferenceScorer(str(model_dir), "float32", 8)
         tables = {name: scorer(table) for name, table in tables.items()}
     splits = {name: _split(store, name, table) for name, table in tables.items()}
@@ -135,7 +138,7 @@ def make_job(
         steps_per_epoch=tables["train"].num_rows // batch_size,
         total_steps=steps,
         tokenizer_digest="t",
-        reference_digest=base if paired else None,
+        reference_digest=base if referenced else None,
     )
     run = RunSpec(
         job_id="j",
@@ -148,8 +151,8 @@ def make_job(
             max_length=64,
             shuffle=shuffle,
         ),
-        loss=LossSpec(name=loss, beta=0.1, label_smoothing=label_smoothing),
-        reference=ReferenceSpec(mode=reference if paired else "none"),
+        loss=LossSpec(name=loss, **options),
+        reference=ReferenceSpec(mode=reference if referenced else "none"),
         optim=OptimSpec(learning_rate=learning_rate, weight_decay=weight_decay),
         batch=BatchSpec(batch_size=batch_size, micro_batch_size=micro_batch_size, n_epochs=50, max_steps=steps),
         precision=run_options.pop("precision", "float32"),

@@ -1,0 +1,138 @@
+"""The losses as data: what each needs, which numbers it takes, and the authors' defaults for them.
+
+One table answers for both ends: a job that sets a number its loss cannot use is refused by it, and the training step
+reads every number from a `LossSpec` it has filled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from dpo_service.specs.base import Spec
+
+DpoLoss = Literal[
+    "sigmoid",
+    "robust",
+    "hinge",
+    "sigmoid_norm",
+    "exo_pair",
+    "nca_pair",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sppo",
+]
+"""The losses of method `dpo`: pairs, measured against the initial policy."""
+
+LossName = Literal[DpoLoss, "ipo", "orpo", "simpo", "sft"]
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """One row of the table of losses."""
+
+    paper: str
+    learning_rate: float
+    """Default peak learning rate; a `learning_rate_multiplier` multiplies it."""
+    options: Mapping[str, float] = field(default_factory=dict)
+    """The numbers it takes, and their defaults."""
+    reference: bool = True
+    max_beta: float = 2.0
+
+
+LOSS_TABLE: dict[LossName, LossRow] = {
+    "sigmoid": LossRow(
+        "arXiv:2305.18290", 5e-6, {"beta": 0.1, "label_smoothing": 0.0, "length_penalty": 0.0, "rpo_alpha": 0.0}
+    ),
+    "robust": LossRow(
+        "arXiv:2403.00409", 5e-6, {"beta": 0.1, "label_smoothing": 0.1, "length_penalty": 0.0, "rpo_alpha": 0.0}
+    ),
+    "hinge": LossRow("arXiv:2305.10425", 5e-6, {"beta": 0.1, "length_penalty": 0.0, "rpo_alpha": 0.0}),
+    "sigmoid_norm": LossRow("arXiv:2411.15124", 5e-7, {"beta": 5.0, "rpo_alpha": 0.0}, max_beta=100.0),
+    "exo_pair": LossRow("arXiv:2402.00856", 5e-6, {"beta": 0.1, "label_smoothing": 1e-3, "rpo_alpha": 0.0}),
+    "nca_pair": LossRow("arXiv:2402.05369", 5e-6, {"beta": 0.01, "rpo_alpha": 0.0}),
+    "apo_zero": LossRow("arXiv:2408.06266", 5e-6, {"beta": 0.1, "rpo_alpha": 0.0}),
+    # No rpo_alpha: this loss is for lowering the chosen answer's likelihood, which that term raises.
+    "apo_down": LossRow("arXiv:2408.06266", 5e-6, {"beta": 0.1}),
+    "discopop": LossRow("arXiv:2406.08414", 5e-6, {"beta": 0.1, "discopop_tau": 0.05, "rpo_alpha": 0.0}),
+    "sppo": LossRow("arXiv:2405.00675", 5e-7, {"beta": 1e-3, "rpo_alpha": 0.0}),
+    "ipo": LossRow("arXiv:2310.12036", 5e-6, {"beta": 0.1, "length_normalize": True, "rpo_alpha": 0.0}),
+    # No rpo_alpha: it has that term already.
+    "orpo": LossRow("arXiv:2403.07691", 8e-6, {"lam": 0.1}, reference=False),
+    "simpo": LossRow(
+        "arXiv:2405.14734",
+        5e-7,
+        {"beta": 2.0, "gamma_beta_ratio": 0.5, "rpo_alpha": 0.0},
+        reference=False,
+        max_beta=100.0,
+    ),
+    "sft": LossRow("next-token cross-entropy", 2e-5, reference=False),
+}
+
+
+def refusal(loss: LossName, option: str, value: float) -> str | None:
+    """Why `loss` cannot take this value of `option`, with the mend; None where it can."""
+    row = LOSS_TABLE[loss]
+    if option not in row.options:
+        return f"loss {loss!r} has no {option}; remove it, or use {_that_take(option)}"
+    if option == "beta" and value > row.max_beta:
+        return f"beta should be less than or equal to {row.max_beta:g} with loss {loss!r}"
+    if (loss, option) == ("exo_pair", "label_smoothing") and value <= 0:
+        return "label_smoothing should be greater than 0 with loss 'exo_pair', which takes its logarithm"
+    return None
+
+
+def _that_take(option: str) -> str:
+    return "loss " + " or ".join(repr(name) for name, row in LOSS_TABLE.items() if option in row.options)
+
+
+class LossSpec(Spec):
+    """The loss, every number decided: what is left out becomes the authors' default.
+
+    A number the loss does not use is refused, stays 0 and is not written down.
+    """
+
+    name: LossName
+    beta: float = 0.0
+    label_smoothing: float = 0.0
+    length_normalize: bool = False
+    """`ipo`: the mean over an answer's tokens, or their sum. These are two different objectives."""
+    discopop_tau: float = 0.0
+    lam: float = 0.0
+    """`orpo`: weight of the odds-ratio term."""
+    gamma_beta_ratio: float = 0.0
+    """`simpo`: the target margin in units of beta."""
+    length_penalty: float = 0.0
+    """R-DPO's alpha, nats a token (arXiv:2403.19159)."""
+    rpo_alpha: float = 0.0
+    """Weight of the chosen answer's negative log-likelihood per token (RPO, arXiv:2404.19733)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _authors_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("name") not in LOSS_TABLE:
+            return values
+        if values["name"] == "sft":  # the first release wrote the numbers of `sigmoid` beside it
+            values = {name: value for name, value in values.items() if name not in ("beta", "label_smoothing")}
+        return {**LOSS_TABLE[values["name"]].options, **values}
+
+    @model_validator(mode="after")
+    def _only_what_it_uses(self) -> Self:
+        for option in type(self).model_fields.keys() - {"name"}:
+            value = getattr(self, option)
+            why = refusal(self.name, option, value)
+            if why and (value or option in LOSS_TABLE[self.name].options):
+                raise ValueError(why)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name == "name" or self.uses(name)}
+
+    def uses(self, option: str) -> bool:
+        return option in LOSS_TABLE[self.name].options
