@@ -82,6 +82,22 @@ BAD_JOBS = {
         "method.dpo.hyperparameters.beta",
         "less than or equal to 2",
     ),
+    "option the loss has no use for": (
+        {"method": {"type": "dpo", "dpo": {"hyperparameters": {"loss": "hinge", "label_smoothing": 0.1}}}},
+        "method.dpo.hyperparameters.label_smoothing",
+        "remove it",
+    ),
+    "option of another method": (
+        {"method": {"type": "ipo", "ipo": {"hyperparameters": {"label_smoothing": 0.1}}}},
+        "method.ipo.hyperparameters.label_smoothing",
+        "known are",
+    ),
+    "reference for a loss without one": ({"method": {"type": "simpo"}, "reference": "cached"}, None, "no reference"),
+    "unknown loss": (
+        {"method": {"type": "dpo", "dpo": {"hyperparameters": {"loss": "sigmiod"}}}},
+        "method.dpo.hyperparameters.loss",
+        "sigmoid",
+    ),
     "not a number": (
         {"method": {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": "many"}}}},
         "method.dpo.hyperparameters.n_epochs",

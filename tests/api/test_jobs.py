@@ -14,6 +14,8 @@ from dpo_service.reports import Report
 from dpo_service.storage import paths
 from tests.api.conftest import lines, save_model
 
+ALWAYS = ("batch_size", "n_epochs", "learning_rate_multiplier")
+
 
 async def move(api, job_id, *made):
     async with api.database.begin() as session:
@@ -64,6 +66,28 @@ async def test_create_answers_with_every_number_decided(api):
     assert job.model_extra["output_model"].startswith("ft:tiny:mine:")
     assert api.changes == 1
     assert (await api.sdk.fine_tuning.jobs.retrieve(job.id)).id == job.id
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown"),
+    [
+        ({"type": "dpo"}, {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0, "length_penalty": 0, "rpo_alpha": 0}),
+        (
+            {"type": "dpo", "dpo": {"hyperparameters": {"loss": "discopop", "rpo_alpha": 0.5}}},
+            {"loss": "discopop", "beta": 0.1, "discopop_tau": 0.05, "rpo_alpha": 0.5},
+        ),
+        ({"type": "orpo"}, {"lam": 0.1}),
+        ({"type": "ipo"}, {"beta": 0.1, "length_normalize": True, "rpo_alpha": 0}),
+    ],
+)
+async def test_a_job_shows_the_numbers_its_loss_takes_and_can_be_sent_again(api, asked, shown):
+    file = await api.upload()
+    body = {"model": "tiny", "training_file": file.id, "method": asked}
+    first = (await api.http.post("/v1/fine_tuning/jobs", json=body)).json()
+    numbers = first["method"][asked["type"]]["hyperparameters"]
+    assert {name: numbers[name] for name in numbers if name not in ALWAYS} == shown
+    again = (await api.http.post("/v1/fine_tuning/jobs", json=body | {"method": first["method"]})).json()
+    assert again["run"]["loss"] == first["run"]["loss"]
 
 
 async def test_job_shows_nothing_of_where_things_lie(api):

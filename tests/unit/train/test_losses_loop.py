@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
 from dpo_service.checkpoint.load import newest_valid
+from dpo_service.cli.jobfile import load
+from dpo_service.jobs import choices
+from dpo_service.specs.job import JobSpec
 from dpo_service.specs.loss import LOSS_TABLE
+from dpo_service.specs.method import METHODS
 from dpo_service.train.losses import LOSSES
 from tests.unit.train.training_kit import Recorder, make_job
 
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 PAIRED = sorted(set(LOSSES) - {"sft"})
 FIRST = {"sigmoid": math.log(2), "robust": math.log(2), "hinge": 1.0, "apo_zero": 1.0, "apo_down": 1.0, "ipo": 25.0}
 """What the first step must say, where policy and reference are still the same."""
@@ -54,3 +60,18 @@ def test_an_option_changes_what_is_trained(tmp_path, model_dir, loss, options):
     make_job(tmp_path / "a", model_dir, loss=loss, steps=3).train(reports=plain)
     make_job(tmp_path / "b", model_dir, loss=loss, steps=3, loss_options=options).train(reports=changed)
     assert plain.values["eval", 3]["rewards/margins"] != changed.values["eval", 3]["rewards/margins"]
+
+
+def test_every_method_has_an_example():
+    assert {JobSpec.model_validate(load(path)).method.type for path in CONFIGS} == set(METHODS)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_loss_of_every_example_trains(tmp_path, model_dir, path):
+    spec = JobSpec.model_validate(load(path))
+    numbers = choices._loss(spec).model_dump()
+    recorded = Recorder()
+    job = make_job(tmp_path, model_dir, loss=numbers.pop("name"), loss_options=numbers, steps=2)
+    assert (job.run.loss, job.run.reference.mode) == (choices._loss(spec), choices._reference(spec))
+    assert job.train(reports=recorded).steps == 2
+    assert recorded.values["eval", 2]["loss"] != recorded.values["eval", 0]["loss"]
