@@ -92,7 +92,7 @@ def sigmoid(inputs: LossInputs, spec: LossSpec) -> Tensor:
 
 
 def robust(inputs: LossInputs, spec: LossSpec) -> Tensor:
-    """Robust DPO, arXiv:2403.00409 eq. 12: [-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1-2e).
+    """Robust DPO, arXiv:2403.00409: [-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1-2e).
 
     The mean over labels flipped with probability e is the loss under the true labels; so it can be negative.
     """
@@ -115,7 +115,7 @@ def ipo(inputs: LossInputs, spec: LossSpec) -> Tensor:
 
 
 def sigmoid_norm(inputs: LossInputs, spec: LossSpec) -> Tensor:
-    """Length-normalised DPO, Tulu 3, arXiv:2411.15124 eq. 6: -log sigmoid(beta (D_w/n_w - D_l/n_l))."""
+    """Length-normalised DPO, Tulu 3, arXiv:2411.15124: -log sigmoid(beta (D_w/n_w - D_l/n_l))."""
     chosen_P, rejected_P = inputs.mean_log_ratios()
     return -logsigmoid(spec.beta * (chosen_P - rejected_P))
 
@@ -154,8 +154,8 @@ def apo_down(inputs: LossInputs, spec: LossSpec) -> Tensor:
 def discopop(inputs: LossInputs, spec: LossSpec) -> Tensor:
     """DiscoPOP (LRML), arXiv:2406.08414 eq. 5, x = beta h, m = sigmoid(x / tau): -(1-m) log sigmoid(x) + m exp(-x).
 
-    Not monotonic: just above x = -tau it rises, as found. m exp(-x) is exp(log m - x), or a far negative x gives
-    0 * infinity; it falls to 0 there because tau < 1.
+    Not monotonic: at tau = 0.05 it rises between x = -0.118 and 0.072, as its authors found it.
+    m exp(-x) is exp(log m - x), or a far negative x gives 0 * infinity; it falls to 0 there because tau < 1.
     """
     x_P = _margin(inputs, spec)
     scaled_P = x_P / spec.discopop_tau
@@ -175,8 +175,8 @@ def sppo(inputs: LossInputs, spec: LossSpec) -> Tensor:
 def orpo(inputs: LossInputs, spec: LossSpec) -> Tensor:
     """ORPO, arXiv:2403.07691 eq. 6-7, a = lp/n: -a_w - lam log sigmoid(log_odds(a_w) - log_odds(a_l)).
 
-    log_odds(a) = a - log(1 - exp a). The first term is the answer's negative log-likelihood per token; the authors'
-    code takes it over the prompt too, the paper and this do not.
+    log_odds(a) = a - log(1 - exp a). The first term is the answer's negative log-likelihood per token; TRL takes
+    it over the prompt too.
     """
     chosen_P, rejected_P = inputs.mean_logps()
     return -chosen_P - spec.lam * logsigmoid(_log_odds(chosen_P) - _log_odds(rejected_P))
