@@ -1,11 +1,14 @@
 """From token ids to the tensors of a micro-batch.
 
 Shapes: B input rows, L their length, S sequences (2P for pairs: the chosen answers first, then the rejected ones),
-P pairs, C completion tokens of all sequences.
+P pairs, C completion tokens of all sequences, in the order of the sequences.
 
-The layout here is the plain one: a sequence a row, padded on the right. What the rest of the step relies on is only
-`source_C`, `target_C`, `owner_C`: which hidden state predicts which token of which sequence. A layout that lays pairs
-end to end in one row fills the same three.
+    packed, B = 1:   prompt chosen rejected | prompt chosen rejected | ...      what `collate` makes
+    padded, B = S:   prompt chosen ....                                         what `padded` makes of it, for models
+                     prompt rejected                                            whose attention cannot be replaced
+
+What the rest of the step relies on is only `source_C`, `target_C`, `owner_C`: which hidden state predicts which token
+of which sequence.
 """
 
 from __future__ import annotations
@@ -15,29 +18,34 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from dpo_service.train.attention import Segment, spans
 from dpo_service.train.rows import Example
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     input_ids_BL: Tensor
-    attention_mask_BL: Tensor
-    """1 = a token, 0 = padding."""
     position_ids_BL: Tensor
+    """Those of a rejected answer go on where the prompt ended."""
     source_C: Tensor
     """Index into the B*L hidden states: the one that predicts completion token c."""
     target_C: Tensor
     """That token."""
     owner_C: Tensor
     """Its sequence, 0..S-1."""
+    segments: tuple[Segment, ...]
+    """Where the pairs lie in the packed row."""
     sequences: int
     rows: int
     """Pairs, or answers."""
     tokens: int
-    """Tokens computed, padding aside."""
+    """Tokens of all sequences: a prompt counts once for each of its answers, as the peers count it."""
     truncated: int
     """Rows whose prompt or answer was cut."""
+    attention_mask_BL: Tensor | None = None
+    """1 = a token, 0 = padding; None = packed."""
     ref_chosen_P: Tensor | None = None
     ref_rejected_P: Tensor | None = None
 
@@ -56,37 +64,65 @@ class MicroBatch:
 
 
 def collate(examples: Sequence[Example]) -> MicroBatch:
-    """The micro-batch of `examples`: all pairs, or all answers; prompts and answers hold at least one token each."""
-    sequences = [(example.prompt, example.chosen) for example in examples]
-    sequences += [(example.prompt, example.rejected) for example in examples if example.rejected is not None]
-    length = max(len(prompt) + len(answer) for prompt, answer in sequences)
-    input_ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    source: list[int] = []
-    owner: list[int] = []
-    for row, (prompt, answer) in enumerate(sequences):
+    """The packed micro-batch of `examples`: all pairs, or all answers; prompts and answers hold at least one token."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    for example in examples:
+        prompt, chosen, rejected = example.prompt, example.chosen, example.rejected
         assert len(prompt) > 0, "the data stage keeps no row with an empty prompt"
-        assert len(answer) > 0, "the data stage keeps no row with an empty answer"
-        end = len(prompt) + len(answer)
-        input_ids[row, :end] = torch.tensor([*prompt, *answer])
-        mask[row, :end] = 1
-        source += range(row * length + len(prompt) - 1, row * length + end - 1)
-        owner += [row] * len(answer)
-    source_C = torch.tensor(source)
+        assert len(chosen) > 0, "the data stage keeps no row with an empty answer"
+        assert rejected is None or len(rejected) > 0, "the data stage keeps no row with an empty answer"
+        segments.append(Segment(len(tokens), len(prompt), len(chosen), len(rejected or ())))
+        tokens += [*prompt, *chosen, *(rejected or ())]
+        positions += [*range(len(prompt) + len(chosen)), *range(len(prompt), len(prompt) + len(rejected or ()))]
+    sequences = spans(segments)
+    input_ids_T = torch.tensor(tokens)
     return MicroBatch(
-        input_ids_BL=input_ids,
-        attention_mask_BL=mask,
-        position_ids_BL=torch.arange(length).expand(len(sequences), length),
-        source_C=source_C,
-        target_C=input_ids.flatten()[source_C + 1],
-        owner_C=torch.tensor(owner),
+        input_ids_BL=input_ids_T[None],
+        position_ids_BL=torch.tensor([positions]),
+        source_C=torch.tensor([place for s in sequences for place in _predictors(s.prompt_at, *s[1:])]),
+        target_C=torch.cat([input_ids_T[s.answer_at : s.answer_at + s.answer] for s in sequences]),
+        owner_C=torch.tensor([owner for owner, s in enumerate(sequences) for _ in range(s.answer)]),
+        segments=tuple(segments),
         sequences=len(sequences),
         rows=len(examples),
-        tokens=int(mask.sum()),
+        tokens=sum(s.prompt + s.answer for s in sequences),
         truncated=sum(example.truncated for example in examples),
         ref_chosen_P=_column([example.ref_chosen for example in examples]),
         ref_rejected_P=_column([example.ref_rejected for example in examples]),
     )
+
+
+def padded(batch: MicroBatch) -> MicroBatch:
+    """The same micro-batch with a sequence a row, padded on the right: the plain computation."""
+    sequences, row_T = spans(batch.segments), batch.input_ids_BL[0]
+    rows = [
+        torch.cat([row_T[s.prompt_at : s.prompt_at + s.prompt], row_T[s.answer_at : s.answer_at + s.answer]])
+        for s in sequences
+    ]
+    input_ids_BL = pad_sequence(rows, batch_first=True)
+    length, device = input_ids_BL.shape[1], row_T.device
+    lengths_S = torch.tensor([len(row) for row in rows], device=device)
+    places_L = torch.arange(length, device=device)
+    starts = [row * length for row in range(len(rows))]
+    source = [
+        place
+        for start, s in zip(starts, sequences, strict=True)
+        for place in _predictors(start, s.prompt, start + s.prompt, s.answer)
+    ]
+    return replace(
+        batch,
+        input_ids_BL=input_ids_BL,
+        attention_mask_BL=(places_L < lengths_S[:, None]).long(),
+        position_ids_BL=places_L.expand(len(rows), length),
+        source_C=torch.tensor(source, device=device),
+    )
+
+
+def _predictors(prompt_at: int, prompt: int, answer_at: int, answer: int) -> list[int]:
+    """The places that predict an answer's tokens: the prompt's last, then all of the answer but its last."""
+    return [prompt_at + prompt - 1, *range(answer_at, answer_at + answer - 1)]
 
 
 def _column(values: list[float | None]) -> Tensor | None:

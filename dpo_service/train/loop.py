@@ -35,8 +35,10 @@ from dpo_service.storage import paths
 from dpo_service.storage.store import Store
 from dpo_service.train import metrics, saving
 from dpo_service.train.batch import collate
+from dpo_service.train.logprobs import packs
 from dpo_service.train.losses import DIVISOR
 from dpo_service.train.optim import build_optimizer
+from dpo_service.train.policy import base_of
 from dpo_service.train.ranks import Ranks
 from dpo_service.train.reference import build_reference
 from dpo_service.train.rows import RowTable
@@ -178,6 +180,8 @@ class _Training:
         workers = f"{self._ranks.world} worker{'s' if self._ranks.world > 1 else ''}"
         start = f"resuming from step {self._step}" if self._step else f"{len(self._rows)} rows"
         self._reports.message(f"Training on {workers}, {start}, {self._plan.total_steps} steps")
+        if not packs(base_of(self._state.policy)):
+            self._reports.message("This model's attention cannot take packed rows; it is computed padded, more slowly")
 
     def _due(self, every: int | None) -> bool:
         last = self._step == self._plan.total_steps

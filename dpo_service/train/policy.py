@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_service.specs.adapter import LoraSpec
-from dpo_service.train.logprobs import split_head
+from dpo_service.train.logprobs import split_head, use_packing
 
 COPIED = (
     "tokenizer*",
@@ -41,6 +41,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> Any:
     )
     model = model.eval().to(device)
     split_head(model)
+    use_packing(model)
     return model
 
 
