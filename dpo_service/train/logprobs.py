@@ -1,9 +1,8 @@
 """Log-probabilities of completions, float32, without ever holding a whole [tokens, vocabulary] array.
 
-Shapes: S sequences, C completion tokens, K tokens of a chunk, H hidden size, V vocabulary, B x L input.
+Shapes: S sequences, C completion tokens, H hidden size, V vocabulary, B x L input.
 
-Hidden states reach the output head only where a completion token is predicted; there they are taken in chunks whose
-logits are thrown away and computed again in the backward pass.
+Hidden states reach the output head only where a completion token is predicted; `head.py` says how they pass it.
 """
 
 from __future__ import annotations
@@ -13,16 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dpo_service.train import attention
 from dpo_service.train.batch import MicroBatch, collate, padded
+from dpo_service.train.head import Head, head_logps, logit_logps
 from dpo_service.train.rows import Example
 
 log = logging.getLogger(__name__)
-
-CHUNK = 1024
-"""Completion tokens whose logits exist at one time."""
 
 PROBE_TOLERANCE = 1e-3
 """Packed against padded, relative: float32 noise is far below, a token that sees the wrong one far above."""
@@ -35,31 +31,24 @@ class Completions(NamedTuple):
     """Completion tokens that were the model's first choice; no gradient."""
 
 
-def completion_logps(model: nn.Module, batch: MicroBatch, *, chunk: int = CHUNK) -> Completions:
+def completion_logps(model: nn.Module, batch: MicroBatch, *, chunk: int | None = None) -> Completions:
     """Log-probability of each sequence's completion under a causal language model of transformers.
 
-    A packed `batch` is padded first where the model cannot compute it as it is (`packs`).
+    A packed `batch` is padded first where the model cannot compute it as it is (`packs`). The output head takes `chunk`
+    tokens at a time, by default as many as `head.CHUNK_LOGITS` allows.
     """
     batch = batch if packs(model) else padded(batch)
     head = split_head(model)
     hidden_CH = _hidden(model, batch, split=head is not None)
-    parts = [
-        checkpoint(_token_logps, hidden_KH, target_K, head, use_reentrant=False)
-        for hidden_KH, target_K in zip(torch.split(hidden_CH, chunk), torch.split(batch.target_C, chunk), strict=True)
-    ]
-    logps_C = torch.cat([logps_K for logps_K, _ in parts])
-    correct_C = torch.cat([correct_K for _, correct_K in parts])
+    if head is None:
+        logps_C, first_C = logit_logps(hidden_CH, batch.target_C)
+    else:
+        logps_C, first_C = head_logps(head, hidden_CH, batch.target_C, chunk)
     zeros_S = torch.zeros(batch.sequences, dtype=logps_C.dtype, device=logps_C.device)
     return Completions(
         zeros_S.index_add(0, batch.owner_C, logps_C),
-        zeros_S.index_add(0, batch.owner_C, correct_C.to(logps_C.dtype)),
+        zeros_S.index_add(0, batch.owner_C, first_C.to(logps_C.dtype)),
     )
-
-
-def _token_logps(hidden_KH: Tensor, target_K: Tensor, head: nn.Module | None) -> tuple[Tensor, Tensor]:
-    logits_KV = (hidden_KH if head is None else head(hidden_KH)).float()
-    chosen_K = logits_KV.gather(1, target_K[:, None]).squeeze(1)
-    return chosen_K - logits_KV.logsumexp(1), logits_KV.argmax(1) == target_K
 
 
 def _hidden(model: nn.Module, batch: MicroBatch, *, split: bool) -> Tensor:
@@ -112,25 +101,30 @@ def _probe() -> MicroBatch:
     return collate([first, Example(prompt=[3, 8, 1], chosen=[7, 5], rejected=[2, 6, 9, 1, 5])])
 
 
-def split_head(model: nn.Module) -> nn.Module | None:
+def split_head(model: Any) -> Head | None:
     """The output head, if logits are nothing but head(hidden states); None where the model does more to them.
 
-    Some do (soft-capping, scaling), so it is tried on two tokens rather than read off the configuration. The answer is
-    remembered on the model; `load_model` asks first, while no dropout is on.
+    What the configuration says of scales and soft-capping is taken in, and the whole tried on two tokens rather than
+    believed. The answer is remembered on the model; `load_model` asks first, while no dropout is on.
     """
     if not hasattr(model, "_dpo_split_head"):
-        model._dpo_split_head = _head_is_all(model)  # type: ignore[assignment]
-    return model.get_output_embeddings() if model._dpo_split_head else None  # type: ignore[operator]
+        model._dpo_split_head = _head_is_all(model)
+    return _head(model) if model._dpo_split_head else None
+
+
+def _head(model: Any) -> Head:
+    config = model.config
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
 
 
 @torch.no_grad()
-def _head_is_all(model: nn.Module) -> bool:
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is None or _body(model) is model:
+def _head_is_all(model: Any) -> bool:
+    if model.get_output_embeddings() is None or _body(model) is model:
         return False
     ids = torch.tensor([[0, 1]], device=next(model.parameters()).device)
     try:
-        split = head(_body(model)(input_ids=ids, use_cache=False).last_hidden_state)
+        split = _head(model)(_body(model)(input_ids=ids, use_cache=False).last_hidden_state)
         whole = model(input_ids=ids, use_cache=False).logits
     except (AttributeError, TypeError):
         return False

@@ -72,7 +72,7 @@ def test_model_that_scales_its_logits_is_not_split(model, examples):
 
     scaled.forward = doubled
     assert split_head(scaled) is None
-    assert split_head(model) is model.lm_head
+    assert split_head(model).module is model.lm_head
     logps_S = completion_logps(scaled, collate(examples)).logps_S
     expected = plain(scaled, examples[0].prompt, examples[0].chosen)
     assert logps_S[0].item() == pytest.approx(expected.item(), rel=1e-5)

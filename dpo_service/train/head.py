@@ -1,0 +1,165 @@
+"""Log-probabilities of tokens from the states that predict them, without a whole [tokens, vocabulary] array.
+
+The output head is applied to a chunk of tokens at a time; its logits are thrown away and computed again in the backward
+pass, which needs of them only the logarithm of their sum of exponentials. Sums are float32 whatever the arithmetic.
+
+Shapes: C completion tokens, K tokens of a chunk, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_LOGITS = 2**24
+"""Logits that exist at one time: 64 MB of them, a few hundred tokens at a vocabulary of 32,000."""
+MIN_CHUNK = 128
+"""Fewer tokens than this would read the head's weight more often than is worth the memory."""
+
+
+class Head(NamedTuple):
+    """logits = bounded(scale * module(hidden)), bounded(x) = softcap * tanh(x / softcap) or x."""
+
+    module: nn.Module
+    scale: float = 1.0
+    """Granite, Cohere"""
+    softcap: float | None = None
+    """Gemma 2 (arXiv 2408.00118)"""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return _bounded(self.module(hidden), self.scale, self.softcap)
+
+
+def head_logps(head: Head, hidden_CH: Tensor, target_C: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """log p(target) [C], float32 (float64 of float64), and whether the target was the first choice [C]."""
+    if chunk is None:
+        chunk = max(MIN_CHUNK, CHUNK_LOGITS // _vocabulary(head.module))
+    module = head.module
+    if type(module) is not nn.Linear or module._forward_pre_hooks or module._forward_hooks:
+        return _by_checkpoint(head, hidden_CH, target_C, chunk)
+    device = hidden_CH.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_CH.dtype
+    options = _Options(chunk, dtype, head.scale, head.softcap)
+    logps: tuple[Tensor, Tensor] = _HeadLogps.apply(hidden_CH, module.weight, module.bias, target_C, options)  # type: ignore[no-untyped-call]
+    return logps
+
+
+def logit_logps(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from logits that are there already."""
+    logits_CV = logits_CV.to(_sums(logits_CV.dtype))
+    picked_C = logits_CV.gather(1, target_C[:, None]).squeeze(1)
+    return picked_C - logits_CV.logsumexp(1), picked_C >= logits_CV.detach().amax(1)
+
+
+def _by_checkpoint(head: Head, hidden_CH: Tensor, target_C: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """For heads that are more than a matrix: an adapter's, a sharded one."""
+
+    def logps(hidden_KH: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
+        return logit_logps(head(hidden_KH), target_K)
+
+    chunks = zip(torch.split(hidden_CH, chunk), torch.split(target_C, chunk), strict=True)
+    parts = [checkpoint(logps, hidden_KH, target_K, use_reentrant=False) for hidden_KH, target_K in chunks]
+    return torch.cat([logps_K for logps_K, _ in parts]), torch.cat([first_K for _, first_K in parts])
+
+
+def _vocabulary(module: nn.Module) -> int:
+    return int(getattr(module, "out_features", 0)) or 2**16
+
+
+def _sums(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _bounded(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class _Options(NamedTuple):
+    chunk: int
+    dtype: torch.dtype
+    """of the matrix products"""
+    scale: float
+    softcap: float | None
+
+
+class _HeadLogps(torch.autograd.Function):
+    """With p = softmax(logits), z = logsumexp(logits) and g the gradient of a token's log-probability:
+
+    d/d logits = g (1[target] - p),   p = exp(logits - z).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_C: Tensor, options: _Options
+    ) -> tuple[Tensor, Tensor]:
+        picked, sums, first = [], [], []
+        for _, target_K, logits_KV in _chunks(hidden_CH, weight_VH, bias_V, target_C, options):
+            top_K, picked_K = logits_KV.amax(1), logits_KV.gather(1, target_K[:, None]).squeeze(1)
+            picked.append(picked_K)
+            first.append(picked_K >= top_K)
+            sums.append(top_K + logits_KV.sub_(top_K[:, None]).exp_().sum(1).log())
+        sum_C, first_C = torch.cat(sums), torch.cat(first)
+        ctx.save_for_backward(hidden_CH, weight_VH, bias_V, target_C, sum_C)
+        ctx.options = options
+        ctx.mark_non_differentiable(first_C)
+        return torch.cat(picked) - sum_C, first_C
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_C: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        hidden_CH, weight_VH, bias_V, target_C, sum_C = ctx.saved_tensors
+        options: _Options = ctx.options
+        weight = weight_VH.to(options.dtype)
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden_CH) if want_hidden else None
+        grad_weight = torch.zeros_like(weight_VH) if want_weight else None
+        grad_bias = torch.zeros_like(bias_V) if want_bias else None
+        start = 0
+        for hidden_KH, target_K, logits_KV in _chunks(hidden_CH, weight_VH, bias_V, target_C, options):
+            rows = slice(start, start := start + len(target_K))
+            grad_KV = _grad_logits(logits_KV, target_K, sum_C[rows], grad_C[rows], options)
+            if grad_bias is not None:
+                grad_bias += grad_KV.sum(0)
+            grad_KV = grad_KV.to(options.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_KV @ weight
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_KV.T, hidden_KH)
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _chunks(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_C: Tensor, options: _Options):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    """Hidden states, targets and fresh logits, chunk by chunk; the logits are the caller's to overwrite."""
+    weight_VH = weight_VH.to(options.dtype)
+    bias_V = None if bias_V is None else bias_V.to(options.dtype)
+    for hidden_KH, target_K in zip(
+        torch.split(hidden_CH, options.chunk), torch.split(target_C, options.chunk), strict=True
+    ):
+        hidden_KH = hidden_KH.to(options.dtype)
+        logits_KV = F.linear(hidden_KH, weight_VH, bias_V).to(_sums(options.dtype))
+        yield hidden_KH, target_K, _bounded(logits_KV, options.scale, options.softcap)
+
+
+def _grad_logits(logits_KV: Tensor, target_K: Tensor, sum_K: Tensor, grad_K: Tensor, options: _Options) -> Tensor:
+    """Gradient with respect to what the matrix gives, in place of the logits."""
+    slope_KV = None if options.softcap is None else 1 - (logits_KV / options.softcap).square()
+    grad_KV = logits_KV.sub_(sum_K[:, None]).exp_().mul_(-grad_K[:, None])
+    grad_KV.scatter_add_(1, target_K[:, None], grad_K[:, None].to(grad_KV.dtype))
+    if slope_KV is not None:
+        grad_KV.mul_(slope_KV)
+    return grad_KV if options.scale == 1.0 else grad_KV.mul_(options.scale)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, the sum over chunks in the precision of `total`."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

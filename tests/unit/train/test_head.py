@@ -1,0 +1,126 @@
+"""The chunked head against the whole [tokens, vocabulary] computation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dpo_service.train.batch import collate
+from dpo_service.train.head import Head, head_logps
+from dpo_service.train.logprobs import completion_logps, split_head
+from tests.unit.train.families import PACKED, PADDED, family
+from tests.unit.train.test_attention import random_pairs
+
+HEADS = [
+    pytest.param(False, 1.0, None, id="plain"),
+    pytest.param(True, 1.0, None, id="bias"),
+    pytest.param(True, 0.25, None, id="scaled"),
+    pytest.param(False, 2.0, 3.0, id="soft-capped"),
+]
+
+
+def whole(head, hidden_CH, target_C):
+    """log softmax of all logits, by torch."""
+    logits = head.scale * torch.nn.functional.linear(hidden_CH, head.module.weight, head.module.bias)
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return torch.log_softmax(logits, -1).gather(1, target_C[:, None]).squeeze(1)
+
+
+def make(bias, scale, softcap, dtype=torch.float64, tokens=11, vocabulary=13, hidden=6):
+    torch.manual_seed(0)
+    head = Head(nn.Linear(hidden, vocabulary, bias=bias, dtype=dtype), scale, softcap)
+    hidden_CH = torch.randn(tokens, hidden, dtype=dtype, requires_grad=True)
+    return head, hidden_CH, torch.randint(0, vocabulary, (tokens,))
+
+
+@pytest.mark.parametrize(("bias", "scale", "softcap"), HEADS)
+def test_gradcheck(bias, scale, softcap):
+    head, hidden_CH, target_C = make(bias, scale, softcap)
+    parameters = [hidden_CH, *head.module.parameters()]
+    assert torch.autograd.gradcheck(lambda *_: head_logps(head, hidden_CH, target_C, 4)[0], parameters)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, None])
+@pytest.mark.parametrize(("bias", "scale", "softcap"), HEADS)
+def test_equals_the_whole_computation(bias, scale, softcap, chunk):
+    head, hidden_CH, target_C = make(bias, scale, softcap)
+    inputs, weights_C = [hidden_CH, *head.module.parameters()], torch.linspace(-1, 2, 11, dtype=torch.float64)
+    ours, theirs = head_logps(head, hidden_CH, target_C, chunk)[0], whole(head, hidden_CH, target_C)
+    assert torch.allclose(ours, theirs, rtol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(x @ weights_C, inputs) for x in (ours, theirs)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_head_that_is_more_than_a_matrix_gives_the_same(frozen):
+    """A subclass takes the checkpointed way."""
+
+    class Other(nn.Linear):
+        pass
+
+    head, hidden_CH, target_C = make(True, 0.5, None)
+    head.module.requires_grad_(not frozen)
+    other = Other(6, 13, dtype=torch.float64).requires_grad_(not frozen)
+    other.load_state_dict(head.module.state_dict())
+    results = [head_logps(Head(module, 0.5), hidden_CH, target_C, 4)[0] for module in (head.module, other)]
+    assert torch.allclose(*results, rtol=1e-12)
+    gradients = [torch.autograd.grad(result.sum(), hidden_CH)[0] for result in results]
+    assert torch.allclose(*gradients, rtol=1e-10)
+
+
+def test_large_logits_do_not_overflow():
+    head, hidden_CH, target_C = make(False, 1.0, None, torch.float32)
+    logps_C, _ = head_logps(head, hidden_CH * 1e5, target_C)
+    logps_C.sum().backward()
+    assert torch.isfinite(logps_C).all()
+    assert torch.isfinite(head.module.weight.grad).all()
+
+
+def test_bfloat16_keeps_float32_sums():
+    head, hidden_CH, target_C = make(True, 1.0, None, torch.float32, tokens=64, vocabulary=500, hidden=32)
+    with torch.autocast("cpu", torch.bfloat16):
+        logps_C, _ = head_logps(head, hidden_CH, target_C, 16)
+    logps_C.sum().backward()
+    assert logps_C.dtype == head.module.weight.grad.dtype == hidden_CH.grad.dtype == torch.float32
+    found, expected_C = head.module.weight.grad.clone(), whole(head, hidden_CH, target_C)
+    assert torch.allclose(logps_C, expected_C, atol=0.03)
+    expected = torch.autograd.grad(expected_C.sum(), head.module.weight)[0]
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+def test_only_what_is_asked_for_gets_a_gradient():
+    head, hidden_CH, target_C = make(True, 1.0, None)
+    head.module.weight.requires_grad_(False)
+    head_logps(head, hidden_CH, target_C)[0].sum().backward()
+    assert head.module.weight.grad is None
+    assert head.module.bias.grad is not None
+    assert hidden_CH.grad is not None
+
+
+def test_first_choices():
+    head, hidden_CH, _ = make(False, 1.0, None)
+    best_C = head.module(hidden_CH).argmax(1)
+    other_C = (best_C + 1) % 13
+    assert head_logps(head, hidden_CH, best_C)[1].all()
+    assert not head_logps(head, hidden_CH, other_C)[1].any()
+
+
+@pytest.mark.parametrize("name", ["llama", "granite", "gemma2"])
+def test_families_are_split_and_equal_their_own_logits(name):
+    """Tied weights (llama), scaled logits (granite), soft-capped ones (gemma2)."""
+    model, batch = family(name, (PACKED | PADDED)[name]), collate(random_pairs(3))
+    assert split_head(model) is not None
+    unsplit = copy.deepcopy(model)
+    unsplit._dpo_split_head = False
+    results = []
+    for one in (model, unsplit):
+        logps_S = completion_logps(one, batch, chunk=7).logps_S
+        logps_S.sum().backward()
+        results.append((logps_S, [p.grad for p in one.parameters()]))
+    assert torch.allclose(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1.0)
