@@ -74,6 +74,14 @@ class Layout:
     def of(cls, segments: Sequence[Segment], device: torch.device) -> Layout:
         return cls(tuple(segments), tuple(_rejected_mask(segment, device) for segment in segments))
 
+    def cut(self, states_1HTD: Tensor) -> tuple[Tensor, ...]:
+        """For each segment its prompt and chosen answer, then its rejected answer.
+
+        One split and not slices: the gradient of each slice would be a zero-filled array of the whole row.
+        """
+        lengths = [length for s in self.segments for length in (s.prompt + s.chosen, s.rejected)]
+        return states_1HTD.split(lengths, dim=2)  # type: ignore[no-untyped-call, no-any-return]
+
 
 def _rejected_mask(segment: Segment, device: torch.device) -> Tensor | None:
     if not segment.rejected:
@@ -107,14 +115,13 @@ def segment_attention(
     if asked:
         raise NotImplementedError(f"attention with {', '.join(asked)}")
     outputs = []
-    for segment, mask_RQ in zip(segment_layout.segments, segment_layout.masks_RQ, strict=True):
-        whole, prompt = slice(segment.start, segment.chosen_end), slice(segment.start, segment.start + segment.prompt)
-        query, key, value = (tensor[:, :, whole] for tensor in (query_1HTD, key_1KTD, value_1KTD))
-        outputs.append(_sdpa(query, key, value, None, scaling))
+    queries, keys, values = (segment_layout.cut(tensor) for tensor in (query_1HTD, key_1KTD, value_1KTD))
+    for number, (segment, mask_RQ) in enumerate(zip(segment_layout.segments, segment_layout.masks_RQ, strict=True)):
+        whole, rejected = 2 * number, 2 * number + 1
+        outputs.append(_sdpa(queries[whole], keys[whole], values[whole], None, scaling))
         if mask_RQ is not None:
-            answer = slice(segment.chosen_end, segment.end)
-            key, value = (torch.cat([t[:, :, prompt], t[:, :, answer]], 2) for t in (key_1KTD, value_1KTD))
-            outputs.append(_sdpa(query_1HTD[:, :, answer], key, value, mask_RQ, scaling))
+            key, value = (torch.cat([t[whole][:, :, : segment.prompt], t[rejected]], 2) for t in (keys, values))
+            outputs.append(_sdpa(queries[rejected], key, value, mask_RQ, scaling))
     return torch.cat(outputs, 1), None
 
 
