@@ -85,6 +85,8 @@ test-long: install-dev ## The tests that take minutes to hours
 
 bench: install-dev ## Losses and speed beside TRL's DPOTrainer
 	$(BIN)/python -m benchmarks.trl_parity
+	$(BIN)/python -m benchmarks.step --rows short
+	$(BIN)/python -m benchmarks.step --rows long
 
 .PHONY: lock clean clean-venv clean-data
 lock: install-dev ## Resolve the lists in deploy/requirements anew

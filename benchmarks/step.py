@@ -151,7 +151,8 @@ def train_ours(setting: Setting, columns: Columns, turns: Turns) -> list[float]:
 
 def _run_spec(setting: Setting) -> Any:
     from dpo_service.specs.data import DataSpec
-    from dpo_service.specs.method import LossSpec, ReferenceSpec
+    from dpo_service.specs.loss import LossSpec
+    from dpo_service.specs.method import ReferenceSpec
     from dpo_service.specs.optim import OptimSpec
     from dpo_service.specs.resources import ResourceSpec
     from dpo_service.specs.run import BatchSpec, ModelSource, RunSpec
