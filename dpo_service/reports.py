@@ -53,6 +53,8 @@ class Reporter:
 
     def __init__(self, directory: Path, process: str, *, url: str | None, token: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        # What a process of this name said before it was killed, and may not have sent: it comes first.
+        self._inherited = [path for path in spool_files(directory) if path.name.startswith(f"{process}-")]
         self._source = source = f"{process}-{random_suffix(8)}"
         self._path = directory / f"{source}.jsonl"
         self._file = self._path.open("ab", buffering=0)
@@ -126,15 +128,18 @@ class Reporter:
             while True:
                 stopping = self._stop.is_set()
                 with contextlib.suppress(httpx.HTTPError):
-                    offset = self._send_from(client, offset)
+                    while self._inherited:
+                        self._send_from(client, self._inherited[0], 0)
+                        self._inherited.pop(0)
+                    offset = self._send_from(client, self._path, offset)
                 if stopping:
                     return
                 behind = self._path.stat().st_size > offset
                 self._stop.wait(RETRY_EVERY_S if behind else SEND_EVERY_S)
 
-    def _send_from(self, client: httpx.Client, offset: int) -> int:
-        """Send the spool from `offset` on; returns the offset up to which the API has it."""
-        for batch, end in read_spool(self._path, offset):
+    def _send_from(self, client: httpx.Client, path: Path, offset: int) -> int:
+        """Send the spool `path` from `offset` on; returns the offset up to which the API has it."""
+        for batch, end in read_spool(path, offset):
             response = client.post(str(self._url), content=orjson.dumps([r.model_dump() for r in batch]))
             response.raise_for_status()
             offset = end

@@ -76,6 +76,16 @@ def test_a_broken_api_costs_nothing(tmp_path, api, monkeypatch):
     assert len(api.keys) == 2
 
 
+def test_what_a_killed_process_could_not_send_comes_before_what_its_successor_says(tmp_path, api):
+    killed = Reporter(tmp_path, "train", url=None, token="t")
+    killed.metrics("train", 1, {"loss": 1.0}, "never sent")
+    other = Reporter(tmp_path, "driver", url=None, token="t")
+    other.message("another process, which sends its own")
+    with Reporter(tmp_path, "train", url=api.url, token="t") as successor:
+        successor.metrics("train", 2, {"loss": 0.5}, "after the restart")
+    assert api.keys == ["metrics:train:1", "metrics:train:2"]
+
+
 def test_two_processes_of_one_name_share_neither_spool_nor_keys(tmp_path):
     for _ in range(2):
         with Reporter(tmp_path, "train", url=None, token="t") as reporter:
