@@ -50,8 +50,10 @@ def load_policy(run: RunSpec, model_dir: Path, checkpoint: Checkpoint | None, de
     return policy
 
 
-def restore_optimizer(state: TrainState, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Put back the optimizer's state; returns the counters."""
+def restore_optimizer(state: TrainState, checkpoint: Checkpoint) -> None:
     tensors = files.read_tensors(checkpoint.state / files.OPTIMIZER)
     load_optimizer_tensors(state.optimizer, state.policy, tensors)
+
+
+def counters(checkpoint: Checkpoint) -> dict[str, Any]:
     return files.read_counters(checkpoint.state)

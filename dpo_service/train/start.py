@@ -1,0 +1,69 @@
+"""Where a run begins: the base model, or the newest checkpoint that verifies.
+
+The reference is the job's own base model in either case, pinned by digest, never the resumed weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dpo_service.checkpoint.load import Checkpoint, newest_valid, opened
+from dpo_service.errors import CheckpointError, TrainingError
+from dpo_service.manifests.dataset import DatasetManifest
+from dpo_service.specs.run import RunSpec
+from dpo_service.storage.store import Store
+from dpo_service.train import saving
+from dpo_service.train.optim import build_optimizer
+from dpo_service.train.ranks import Ranks
+from dpo_service.train.reference import build_reference
+from dpo_service.train.rows import RowTable
+from dpo_service.train.step import TrainState
+
+
+def agreed_checkpoint(store: Store, job_id: str, ranks: Ranks) -> Checkpoint | None:
+    """The checkpoint all ranks go on from: rank 0 verifies, the others open the one it found."""
+    found = newest_valid(store, job_id) if ranks.first else None
+    step = int(ranks.sum([float(found.manifest.step) if found else 0.0])[0])
+    if ranks.first or step == 0:
+        return found
+    return opened(store, job_id, step)
+
+
+def build_state(
+    run: RunSpec, model_dir: Path, checkpoint: Checkpoint | None, ranks: Ranks, total_steps: int
+) -> TrainState:
+    """Policy and optimizer as at the start of the run, or as `checkpoint` left them; the reference beside them."""
+    policy = saving.load_policy(run, model_dir, checkpoint, ranks.device)
+    reference = build_reference(run.reference.mode, policy, model_dir, run.precision, ranks.device)
+    state = TrainState(run, policy, reference, build_optimizer(policy, run.optim), ranks, total_steps)
+    if checkpoint is not None:
+        saving.restore_optimizer(state, checkpoint)
+    return state
+
+
+def counters_of(checkpoint: Checkpoint, dataset: DatasetManifest, base_digest: str) -> dict[str, Any]:
+    """What the checkpoint counted, if it is one of this job as it now stands.
+
+    Raises:
+        CheckpointError: it was trained from another base model, or on another dataset.
+    """
+    manifest, counters = checkpoint.manifest, saving.counters(checkpoint)
+    if manifest.base_digest != base_digest:
+        raise CheckpointError(
+            f"{checkpoint.key} was trained from another base model (digest {manifest.base_digest[:12]}, "
+            f"now {base_digest[:12]}); put the original model back or start a new job"
+        )
+    if counters["dataset_digest"] != dataset.train.digest:
+        raise CheckpointError(f"{checkpoint.key} was trained on another dataset; start a new job")
+    return counters
+
+
+def check_reference(run: RunSpec, dataset: DatasetManifest, rows: RowTable, base_digest: str) -> None:
+    """The reference is the job's own base model: pinned by digest, checked at every start."""
+    if run.reference.mode != "cached":
+        return
+    if dataset.reference_digest not in (None, base_digest):
+        raise TrainingError("the cached reference log-probabilities come from another model than the job's base")
+    if not rows.has_reference:
+        raise TrainingError("the dataset holds no reference log-probabilities, and the job says they are cached")
