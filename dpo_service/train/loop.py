@@ -6,11 +6,12 @@
             │ stop asked? -> save, leave         (rank 0 asks, all ranks hear it)  │
             │ plan.assign(step) -> rows -> micro-batches -> train_step             │
             │ every logging_steps: report;  eval_every_steps: evaluate             │
-            │ every save_every_steps and at the end: rank 0 saves, the others wait │
+            │ every save_every_steps and at the end: snapshot, a thread writes it  │
             └──────────────────────────────────────────────────────────────────────┘
 
-What unblocks each part: a step waits for the slowest rank (two sums over ranks); a save for the disk; nothing waits for
-the control plane, reports go to a spool. Rows are a function of the step, so resuming at step n is starting at step n.
+What unblocks each part: a step waits for the slowest rank (two sums over ranks); a save for the one before it, and the
+end for the last, to be durable; nothing waits for the control plane, reports go to a spool. Rows are a function of the
+step, so resuming at step n is starting at step n.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def train(
 
     Raises:
         NonFiniteLoss: the loss or gradient is not finite; the weights did not move.
-        CheckpointError: the checkpoint belongs to another base model.
+        CheckpointError: the checkpoint belongs to another base model, or one could not be written.
         TrainingError: the dataset is not what its manifest says.
     """
     training = _Training(run, dataset, model_dir, store, base_digest, ranks or Ranks(), reports, stop)
@@ -106,19 +107,29 @@ class _Training:
             self._step = checkpoint.manifest.step
 
     def run_to_end(self) -> TrainOutcome:
+        try:
+            stopped = self._go()
+            self._saver.settle()
+        finally:
+            self._saver.close()
+        key, digest = self._saver.newest or (None, None)
+        return TrainOutcome(key, digest, self._step, self._journal.tokens, stopped, self._journal.latest)
+
+    def _go(self) -> bool:
+        """Train; returns whether it was stopped before the end."""
         self._announce()
         if self._step == 0:
             self._evaluate()
         while self._step < self._plan.total_steps:
             if self._stop_asked():
                 self._save()
-                return self._outcome(stopped=True)
+                return True
             self._train_one()
             if self._due(self._run.eval_every_steps):
                 self._evaluate()
             if self._due(self._saver.every_steps):
                 self._save()
-        return self._outcome(stopped=False)
+        return False
 
     def _announce(self) -> None:
         workers = f"{self._ranks.world} worker{'s' if self._ranks.world > 1 else ''}"
@@ -158,7 +169,3 @@ class _Training:
         counters = {"dataset_digest": self._dataset.train.digest, **self._journal.counters()}
         with self._journal.not_training():
             self._saver.save(self._step, self._plan.epoch(self._step), self._journal.latest, counters)
-
-    def _outcome(self, *, stopped: bool) -> TrainOutcome:
-        key, digest = self._saver.newest or (None, None)
-        return TrainOutcome(key, digest, self._step, self._journal.tokens, stopped, self._journal.latest)

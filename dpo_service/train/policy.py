@@ -92,6 +92,7 @@ def adapter_dropout(policy: nn.Module, seed: int) -> Iterator[None]:
             layer.eval()
 
 
+@torch.no_grad()
 def merged_state(policy: Any) -> dict[str, Tensor]:
     """The weights by their names in the base model, adapters added in. The policy itself is not touched, because
     merging and unmerging does not give back the same bits."""
@@ -110,25 +111,27 @@ def merged_state(policy: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def export_model(policy: Any, base_dir: Path, directory: Path, dtype: torch.dtype) -> None:
-    """Write a Hugging Face directory that transformers and vLLM load: weights in `dtype`, configuration, tokenizer."""
+def export_model(policy: Any, state: dict[str, Tensor], base_dir: Path, directory: Path, dtype: torch.dtype) -> None:
+    """Write a Hugging Face directory that transformers and vLLM load: `state` in `dtype`, configuration, tokenizer.
+
+    `state` is what `merged_state` gave; of the policy only its class and configuration are read.
+    """
     base = base_of(policy)
     config = copy.deepcopy(base.config)
     config.dtype = dtype
     with torch.device("meta"):
         shell = type(base)(config)
-    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in merged_state(policy).items()}
-    shell.load_state_dict(state, assign=True)
+    shell.load_state_dict({name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}, assign=True)
     shell.tie_weights()
     shell.generation_config = base.generation_config
     shell.save_pretrained(directory)
     copy_tokenizer(base_dir, directory)
 
 
-def export_adapter(policy: Any, directory: Path, base_name: str) -> None:
-    """Write the adapter alone in peft's layout, float32."""
+def export_adapter(policy: Any, adapter: dict[str, Tensor], directory: Path, base_name: str) -> None:
+    """Write `adapter`, the trained tensors by their names in the policy, in peft's layout, float32."""
     policy.peft_config["default"].base_model_name_or_path = base_name
-    policy.save_pretrained(directory, save_embedding_layers=False)
+    policy.save_pretrained(directory, state_dict=adapter, save_embedding_layers=False)
 
 
 def copy_tokenizer(base_dir: Path, directory: Path) -> None:

@@ -1,13 +1,27 @@
-"""When and how a run becomes a checkpoint. Rank 0 writes, the others wait."""
+"""When and how a run becomes a checkpoint.
+
+    loop:    save(n) ── the one before is done? ── snapshot ── goes on training ── ... save(m) | settle
+    thread:                                           └─> write, hash, sync, rename ── report
+
+All ranks take part in `save` and `settle`: both wait for the checkpoint under way, and fail on every rank if it failed.
+The thread runs on rank 0 only, one checkpoint at a time, so they appear in order. A process that is killed meanwhile
+leaves the one before; a checkpoint is reported, and counts, when it is durable.
+"""
 
 from __future__ import annotations
 
+import copy
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpo_service.checkpoint.format import CheckpointFacts, publish
 from dpo_service.checkpoint.load import Checkpoint
 from dpo_service.checkpoint.retention import prune
+from dpo_service.errors import CheckpointError
 from dpo_service.storage import paths
 from dpo_service.storage.store import Store
 from dpo_service.train import saving
@@ -15,6 +29,8 @@ from dpo_service.train.journal import Reports
 from dpo_service.train.step import TrainState
 
 CHECKPOINTS_A_RUN = 10
+NICENESS = 10
+"""The writer yields to training where both want the same cores."""
 
 
 class Saver:
@@ -30,22 +46,46 @@ class Saver:
         self._state, self._store, self._model_dir = state, store, model_dir
         self._base_digest, self._reports = base_digest, reports
         self._step = resumed.manifest.step if resumed else 0
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_be_nice)
+        self._under_way: Future[None] | None = None
         self.newest: tuple[str, str] | None = (resumed.key, resumed.manifest.digest) if resumed else None
-        """Storage key and digest of the last checkpoint; only rank 0 knows of those it has written."""
+        """Storage key and digest of the last durable checkpoint; only rank 0 knows of those it has written."""
         self.every_steps = state.run.save_every_steps or max(1, round(state.total_steps / CHECKPOINTS_A_RUN))
 
     def save(self, step: int, epoch: float, metrics: dict[str, float], counters: dict[str, Any]) -> None:
-        """Publish a checkpoint of `step`, unless it is there."""
+        """Begin the checkpoint of `step`, unless it is there; returns when training may go on.
+
+        Raises:
+            CheckpointError: on every rank, the checkpoint before could not be written.
+        """
         if self._step == step:
             return
-        if self._state.ranks.first:
-            self._publish(step, epoch, metrics, counters)
-        self._state.ranks.barrier()
+        self.settle()
+        taken = saving.snapshot(self._state)
+        if taken is not None:
+            counters = copy.deepcopy({"step": step, **counters})
+            work = partial(self._publish, self._facts(step, epoch, dict(metrics)), taken, counters)
+            self._under_way = self._thread.submit(work)
         self._step = step
 
-    def _publish(self, step: int, epoch: float, metrics: dict[str, float], counters: dict[str, Any]) -> None:
+    def settle(self) -> None:
+        """Return when the last checkpoint is durable.
+
+        Raises:
+            CheckpointError: on every rank, it could not be written.
+        """
+        error = self._under_way.exception() if self._under_way is not None else None
+        self._under_way = None
+        if self._state.ranks.sum([float(error is not None)])[0]:
+            raise CheckpointError(f"a checkpoint could not be written: {error or 'see rank 0'}") from error
+
+    def close(self) -> None:
+        """Let the checkpoint under way be finished, whatever became of the run."""
+        self._thread.shutdown(wait=True)
+
+    def _facts(self, step: int, epoch: float, metrics: dict[str, float]) -> CheckpointFacts:
         run = self._state.run
-        facts = CheckpointFacts(
+        return CheckpointFacts(
             job_id=run.job_id,
             step=step,
             epoch=epoch,
@@ -55,10 +95,19 @@ class Saver:
             metrics=metrics,
             world_size=self._state.ranks.world,
         )
-        counters = {"step": step, **counters}
-        manifest = publish(self._store, facts, lambda path: saving.write(path, self._state, self._model_dir, counters))
-        key = paths.checkpoint_dir(run.job_id, step)
+
+    def _publish(self, facts: CheckpointFacts, taken: saving.Snapshot, counters: dict[str, Any]) -> None:
+        run = self._state.run
+        fill = partial(saving.write, taken=taken, run=run, model_dir=self._model_dir, counters=counters)
+        manifest = publish(self._store, facts, fill)
+        key = paths.checkpoint_dir(run.job_id, facts.step)
         self.newest = (key, manifest.digest)
-        pruned = prune(self._store, run.job_id, keep=run.keep_checkpoints, newest=step)
+        pruned = prune(self._store, run.job_id, keep=run.keep_checkpoints, newest=facts.step)
         if self._reports is not None:
-            self._reports.checkpoint(step, key, manifest.digest, metrics, pruned)
+            self._reports.checkpoint(facts.step, key, manifest.digest, facts.metrics, pruned)
+
+
+def _be_nice() -> None:
+    """Linux schedules threads one by one; elsewhere the call would reach the whole process."""
+    if os.uname().sysname == "Linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -1,36 +1,86 @@
 """A run to a checkpoint and back.
 
+    snapshot (every rank, in the loop: device -> host memory) ──> write (rank 0, on a thread: host memory -> files)
+
 The model is stored once: `model/` (or `adapter/`) holds the weights that were trained, in float32. Where they go out
 in bfloat16, the float32 ones lie in `state/`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dpo_service.checkpoint import state as files
 from dpo_service.checkpoint.format import ADAPTER, MODEL, STATE
 from dpo_service.checkpoint.load import Checkpoint
 from dpo_service.specs.run import RunSpec
 from dpo_service.train.optim import load_optimizer_tensors, optimizer_tensors, trained_parameters
-from dpo_service.train.policy import add_adapter, export_adapter, export_model, load_adapter, load_model
+from dpo_service.train.policy import (
+    add_adapter,
+    export_adapter,
+    export_model,
+    load_adapter,
+    load_model,
+    merged_state,
+)
 from dpo_service.train.step import TrainState
 
 EXPORT_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def write(directory: Path, state: TrainState, model_dir: Path, counters: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Snapshot:
+    """The tensors of a checkpoint in host memory; none that training goes on to change."""
+
+    policy: Any
+    """For its class and configuration; its weights are not read."""
+    model: dict[str, Tensor]
+    """By name in the base model, adapters added in."""
+    trained: dict[str, Tensor]
+    """By parameter name; shared with `model` where it is the whole model that is trained."""
+    optimizer: dict[str, Tensor]
+
+
+@torch.no_grad()
+def snapshot(state: TrainState) -> Snapshot | None:
+    """The state as it is now. To be called on every rank; None on all but the first."""
+    if not state.ranks.first:
+        return None
+    parameters = trained_parameters(state.policy)
+    trained = _to_host(parameters)
+    copied = {parameter.data_ptr(): trained[name] for name, parameter in parameters.items()}
+    model = {name: copied.get(tensor.data_ptr(), tensor) for name, tensor in merged_state(state.policy).items()}
+    optimizer = _to_host(optimizer_tensors(state.optimizer, state.policy))
+    # What is not trained does not change, so on a CPU it need not be copied.
+    model |= _to_host({name: tensor for name, tensor in model.items() if tensor.device.type != "cpu"})
+    if state.ranks.device.type == "cuda":
+        torch.cuda.synchronize(state.ranks.device)
+    return Snapshot(state.policy, model, trained, optimizer)
+
+
+def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory. From a GPU they go through pinned memory, all at once, and are there when it has been
+    synchronised with."""
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)
+        for name, tensor in tensors.items()
+    }
+
+
+def write(directory: Path, taken: Snapshot, run: RunSpec, model_dir: Path, counters: dict[str, Any]) -> None:
     """Fill a checkpoint directory."""
-    run = state.run
-    export_model(state.policy, model_dir, directory / MODEL, EXPORT_DTYPE[run.precision])
+    export_model(taken.policy, taken.model, model_dir, directory / MODEL, EXPORT_DTYPE[run.precision])
     if run.lora is not None:
-        export_adapter(state.policy, directory / ADAPTER, run.model.name)
+        export_adapter(taken.policy, taken.trained, directory / ADAPTER, run.model.name)
     elif run.precision != "float32":
-        files.write_tensors(directory / STATE / files.WEIGHTS, trained_parameters(state.policy))
-    files.write_tensors(directory / STATE / files.OPTIMIZER, optimizer_tensors(state.optimizer, state.policy))
+        files.write_tensors(directory / STATE / files.WEIGHTS, taken.trained)
+    files.write_tensors(directory / STATE / files.OPTIMIZER, taken.optimizer)
     files.write_counters(directory / STATE, counters)
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from dpo_service.checkpoint.load import newest_valid
 from dpo_service.errors import CheckpointError, NonFiniteLoss, TrainingError
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.storage import paths
-from tests.unit.train.training_kit import Recorder, build_model, make_job
+from tests.unit.train.training_kit import Recorder, build_model, make_job, same, weights
 
 KINDS = {
     "dpo-cached": {},
@@ -22,16 +20,6 @@ KINDS = {
     "lora": {"reference": "live", "lora": LoraSpec(rank=4, dropout=0.1)},
     "bfloat16": {"precision": "bfloat16"},
 }
-
-
-def weights(job):
-    checkpoint = newest_valid(job.store, "j")
-    files = (checkpoint.model / "model.safetensors", checkpoint.state / "optimizer.safetensors")
-    return [{name: tensor.clone() for name, tensor in load_file(path).items()} for path in files]
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 class Killed(BaseException):

@@ -9,8 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load_file
 
 from dpo_service.checkpoint.format import digest_of
+from dpo_service.checkpoint.load import newest_valid, opened
 from dpo_service.manifests.dataset import DatasetManifest, DatasetReport, SplitManifest
 from dpo_service.specs.data import DataSpec
 from dpo_service.specs.loss import LOSS_TABLE, LossSpec
@@ -186,3 +188,14 @@ class Recorder:
 
     def losses(self, split="train"):
         return [values["loss"] for (kind, _), values in sorted(self.values.items()) if kind == split]
+
+
+def weights(job: Job, step: int | None = None) -> list[dict[str, torch.Tensor]]:
+    """Model and optimizer of the checkpoint of `step`, or of the newest."""
+    checkpoint = newest_valid(job.store, "j") if step is None else opened(job.store, "j", step)
+    files = (checkpoint.model / "model.safetensors", checkpoint.state / "optimizer.safetensors")
+    return [{name: tensor.clone() for name, tensor in load_file(path).items()} for path in files]
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
