@@ -30,12 +30,15 @@ RETRY_EVERY_S = 3.0
 BATCH = 200
 
 
+Kind = Literal["message", "metrics", "checkpoint", "dataset", "reference", "progress"]
+
+
 class Report(Spec):
     """One thing a job said. `key` makes it idempotent: a second report with the same key changes nothing."""
 
     key: str
     created_at: float
-    type: Literal["message", "metrics", "checkpoint", "dataset", "progress"]
+    type: Kind
     level: Literal["info", "warn", "error"] = "info"
     message: str
     data: dict[str, Any] | None = None
@@ -83,13 +86,19 @@ class Reporter:
     def dataset(self, manifest: Mapping[str, Any], text: str) -> None:
         self._write("dataset", text, key="dataset", data=dict(manifest))
 
+    def reference(self, step: int, digest: str) -> None:
+        """Which weights the loss measures against from `step` on; the job's record keeps the newest digest."""
+        since = f"from step {step} on " if step else ""
+        text = f"The reference policy {since}has digest {digest[:12]}"
+        self._write("reference", text, key=f"reference:{step}", data={"step": step, "digest": digest})
+
     def progress(self, stage: str, done: int, total: int, text: str) -> None:
         """Where a stage stands. Not an event: the API keeps the latest only."""
         self._write("progress", text, data={"stage": stage, "done": done, "total": total})
 
     def _write(
         self,
-        kind: Literal["message", "metrics", "checkpoint", "dataset", "progress"],
+        kind: Kind,
         text: str,
         *,
         key: str | None = None,

@@ -98,11 +98,13 @@ def _stages(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
     model_dir = locate_model(store, run.model)
     digest = digest_of(model_dir)
     _require_same_base(store, run, digest)
+    if run.reference.mode != "none":
+        reporter.reference(0, digest)
     dataset = _prepare(store, run, model_dir, digest, reporter)
     if store.exists(paths.stop_flag(run.job_id, spec.attempt)):
         return RunResult(job_id=run.job_id, attempt=spec.attempt, status="cancelled")
     _tell_of_waiting(run.resources, reporter)
-    outcome = fit(store, spec, dataset, model_dir)
+    outcome = fit(store, spec, dataset, model_dir, digest)
     return RunResult(
         job_id=run.job_id,
         attempt=spec.attempt,

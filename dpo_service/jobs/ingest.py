@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import ValidationError
+from pydantic import StringConstraints, ValidationError
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -31,6 +31,13 @@ class CheckpointData(Spec):
     metrics: dict[str, float | None]
     pruned: tuple[int, ...] = ()
     """Steps whose checkpoints were deleted to make room."""
+
+
+class ReferenceData(Spec):
+    """The `data` of a reference report."""
+
+    step: int
+    digest: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
 async def ingest(session: AsyncSession, submission_id: str, reports: Sequence[Report]) -> int:
@@ -60,6 +67,8 @@ def check(job: Job, report: Report) -> None:
     """Raises UserError when the report's data is not what its type says."""
     if report.type == "progress":
         _parse(progress.ProgressData, report)
+    if report.type == "reference":
+        _parse(ReferenceData, report)
     if report.type == "checkpoint":
         data = _parse(CheckpointData, report)
         if data.key != paths.checkpoint_dir(job.id, data.step):
@@ -84,6 +93,8 @@ async def record(session: AsyncSession, job: Job, reports: Sequence[Report]) -> 
         new += 1
         if report.type == "dataset":
             job.dataset = report.data
+        if report.type == "reference":
+            job.reference_digest = _parse(ReferenceData, report).digest
         session.add(_event(job, report))
     await session.flush()
     return new

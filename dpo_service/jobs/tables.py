@@ -45,6 +45,8 @@ class Job(Base):
     """DatasetReport made when the job was accepted."""
     dataset: Mapped[dict[str, Any] | None]
     """DatasetManifest reported by the data stage."""
+    reference_digest: Mapped[str | None] = mapped_column(String(64))
+    """Digest of the weights the loss measures against, as the newest attempt found or made them; None = none yet."""
     progress: Mapped[dict[str, Any] | None]
     """Where the running stage stands (jobs/progress.py)."""
 

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from dpo_service.checkpoint.format import digest_of
 from dpo_service.errors import CheckpointError, DpoServiceError, NonFiniteLoss, TrainingError
 from dpo_service.ids import random_suffix
 from dpo_service.manifests.dataset import DatasetManifest
@@ -63,10 +62,13 @@ class WorkerConfig(Spec):
     base_digest: str
 
 
-def fit(store: Store, attempt: AttemptSpec, dataset: DatasetManifest, model_dir: Path) -> TrainOutcome:
+def fit(
+    store: Store, attempt: AttemptSpec, dataset: DatasetManifest, model_dir: Path, base_digest: str
+) -> TrainOutcome:
     """Train the run of `attempt` on its workers, resuming where an earlier attempt stopped; blocks until it ends.
 
-    The attempt's spec lies in storage (`paths.attempt_spec`); every worker can read the storage root and `model_dir`.
+    The attempt's spec lies in storage (`paths.attempt_spec`); every worker can read the storage root and `model_dir`,
+    whose digest is `base_digest`.
 
     Raises:
         NonFiniteLoss, CheckpointError, TrainingError: as `loop.train`.
@@ -80,7 +82,7 @@ def fit(store: Store, attempt: AttemptSpec, dataset: DatasetManifest, model_dir:
         attempt=attempt.attempt,
         dataset=dataset,
         model_dir=str(model_dir),
-        base_digest=digest_of(model_dir),
+        base_digest=base_digest,
     )
     _run_workers(config, run.resources)
     result = store.read_model(_result_key(run.job_id, attempt.attempt), WorkerResult)

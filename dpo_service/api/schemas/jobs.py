@@ -73,6 +73,8 @@ class JobObject(Wire):
     """The id the result has, or will have."""
     run: dict[str, Any]
     """Every number as decided, where the request said "auto" or nothing."""
+    reference_digest: str | None
+    """Digest of the weights the loss measures against; null before the first start, and for losses without one."""
     progress: dict[str, Any] | None
     """Where the running stage stands: stage, done, total, message."""
     dataset: dict[str, Any] | None
@@ -108,6 +110,7 @@ class JobObject(Wire):
             deploy=spec.deploy,
             output_model=run.output_model,
             run=_run(run),
+            reference_digest=job.reference_digest,
             progress=_progress(job),
             dataset=_some(job.dataset, DATASET_FIELDS) if job.dataset else None,
         )

@@ -72,6 +72,20 @@ async def test_a_dataset_and_progress_are_kept_at_the_job(world: World) -> None:
     assert not [e for e in await world.events(job_id) if e.key.startswith("progress")]
 
 
+async def test_the_newest_reference_digest_is_kept_at_the_job_and_told(either: World) -> None:
+    job_id = await either.running()
+    assert (await either.job(job_id)).reference_digest is None
+
+    def said(step: int, digest: str) -> Report:
+        data = {"step": step, "digest": digest}
+        return Report(key=f"reference:{step}", created_at=float(step), type="reference", message="", data=data)
+
+    await either.ingest(job_id, [said(0, "a" * 64), said(4, "b" * 64)])
+    await either.ingest(job_id, [said(0, "a" * 64)])
+    assert (await either.job(job_id)).reference_digest == "b" * 64
+    assert [e.data["step"] for e in await either.events(job_id) if e.key.startswith("reference")] == [0, 4]
+
+
 async def test_a_superseded_attempt_is_fenced_off(world: World) -> None:
     job_id = await world.running()
     world.die(job_id)

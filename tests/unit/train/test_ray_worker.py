@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 
+from dpo_service.checkpoint.format import digest_of
 from dpo_service.cluster import processes
 from dpo_service.errors import NonFiniteLoss
 from dpo_service.reports import read_spool, spool_files
@@ -25,7 +26,7 @@ TWO = ResourceSpec(workers=2)
 def run_attempt(job: Job):
     attempt = AttemptSpec(run=job.run, attempt=1, report_url=None, report_token="canary-token")
     job.store.write_model(paths.attempt_spec("j", 1), attempt)
-    return fit(job.store, attempt, job.dataset, job.model_dir)
+    return fit(job.store, attempt, job.dataset, job.model_dir, digest_of(job.model_dir))
 
 
 def reports(job: Job):
