@@ -80,6 +80,7 @@ async def admit(
         validation=validation,
         rows=usable.train_rows,
         max_length=max_length,
+        layer_width=model.layer_width,
         seed=seed,
     )
     return run, usable.report

@@ -6,6 +6,7 @@ micro_batch     a worker's share of the batch, while its tokens at full length s
 learning rate   the loss's own (specs/loss.py) times the multiplier; ten times that with LoRA
 max_length      what the model allows, at most 1024
 precision       float32 on CPUs, bfloat16 on GPUs
+checkpointing   of activations: off on CPUs; on GPUs on where the longest micro-batch would keep over 16 GB of them
 reference       cached, where the method has one
 beta and such   what the loss's authors use (specs/loss.py)
 seed            drawn
@@ -32,6 +33,11 @@ LORA_FACTOR = 10.0
 MICRO_BATCH_TOKENS = 8192
 MAX_AUTO_BATCH = 32
 STEPS_AN_EPOCH = 20
+ACTIVATION_BYTES = 65
+"""Kept for the backward pass by a token in a layer, per unit of the hidden size: measured on a Llama block whose
+feed-forward part is 3.5 times as wide, with bfloat16 arithmetic. Recomputed, a layer keeps 6 of them."""
+ACTIVATION_LIMIT = 16 * 2**30
+"""A fifth of a GPU with 80 GB. Below it memory is not short; above it the third more arithmetic buys longer rows."""
 
 
 def decide(
@@ -43,9 +49,10 @@ def decide(
     validation: File | None,
     rows: int,
     max_length: int,
+    layer_width: int,
     seed: int,
 ) -> RunSpec:
-    """The run. `rows` is how many there are to train on.
+    """The run. `rows` is how many there are to train on; `layer_width` the model's layers times its hidden size.
 
     Raises:
         InvalidSpec: the batch, the workers and the rows do not go together.
@@ -61,6 +68,8 @@ def decide(
         optim=_optim(spec),
         batch=batch,
         precision=_precision(spec),
+        activation_checkpointing=_activation_checkpointing(spec, batch, max_length, layer_width),
+        compile=spec.compile,
         lora=spec.lora,
         resources=spec.resources,
         seed=seed,
@@ -162,6 +171,12 @@ def _optim(spec: JobSpec) -> OptimSpec:
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
     )
+
+
+def _activation_checkpointing(spec: JobSpec, batch: BatchSpec, length: int, layer_width: int) -> bool:
+    """A packed row holds at most both answers and a prompt of each pair."""
+    kept = ACTIVATION_BYTES * layer_width * batch.micro_batch_size * 2 * length
+    return chosen_or(spec.activation_checkpointing, bool(spec.resources.gpus_per_worker) and kept > ACTIVATION_LIMIT)
 
 
 def _precision(spec: JobSpec) -> Literal["float32", "bfloat16"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from dpo_service.errors import ModelNotFound
 
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
+LAYER_FIELDS, WIDTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model")
 NO_LENGTH = 1 << 20
 """`max_length` of a model that names no limit."""
 
@@ -20,6 +22,8 @@ class DirectoryFacts:
     architecture: str
     max_length: int
     """Tokens the model can attend to."""
+    layer_width: int
+    """Layers times hidden size: what a token's activations grow with; 0 where the configuration does not say."""
     vocab_size: int
     has_chat_template: bool
     weight_bytes: int
@@ -42,6 +46,7 @@ def inspect(directory: Path, name: str, *, weights_here: bool = True) -> Directo
     return DirectoryFacts(
         architecture=_architecture(config, name),
         max_length=next((int(text[f]) for f in LENGTH_FIELDS if isinstance(text.get(f), int)), NO_LENGTH),
+        layer_width=_product(text, LAYER_FIELDS, WIDTH_FIELDS),
         vocab_size=int(text.get("vocab_size") or 0),
         has_chat_template=_has_chat_template(directory),
         weight_bytes=weights,
@@ -58,6 +63,11 @@ def _config(directory: Path, name: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise _refused(name, "its config.json is no JSON object")
     return config
+
+
+def _product(config: dict[str, Any], *choices: tuple[str, ...]) -> int:
+    """Of the first field of each choice that the configuration has; 0 where it lacks one."""
+    return math.prod(next((config[f] for f in fields if isinstance(config.get(f), int)), 0) for fields in choices)
 
 
 def _architecture(config: dict[str, Any], name: str) -> str:

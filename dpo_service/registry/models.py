@@ -41,6 +41,7 @@ class ModelFacts:
     """Where configuration and tokenizer can be read now; with a hub id the weights are not here yet."""
     architecture: str
     max_length: int
+    layer_width: int
     vocab_size: int
     has_chat_template: bool
     weight_bytes: int
@@ -83,6 +84,7 @@ async def _facts(
         directory=directory,
         architecture=found.architecture,
         max_length=found.max_length,
+        layer_width=found.layer_width,
         vocab_size=found.vocab_size,
         has_chat_template=found.has_chat_template,
         weight_bytes=found.weight_bytes,

@@ -59,6 +59,10 @@ class JobSpec(Spec):
     truncation: Truncation = "refuse"
     deduplicate: bool = True
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    activation_checkpointing: Auto[bool] = AUTO
+    """Compute each layer again in the backward pass rather than keep what it computed."""
+    compile: bool = False
+    """torch.compile the layers: for GPUs; on a CPU it costs a minute at the start and gains nothing."""
     shuffle: bool = True
     """False keeps the file's order."""
     micro_batch_size: Auto[Annotated[int, Field(ge=1, le=256)]] = AUTO

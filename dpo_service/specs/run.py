@@ -46,6 +46,8 @@ class RunSpec(Spec):
     optim: OptimSpec
     batch: BatchSpec
     precision: Literal["float32", "bfloat16"]
+    activation_checkpointing: bool = False
+    compile: bool = False
     lora: LoraSpec | None = None
     resources: ResourceSpec
     seed: int

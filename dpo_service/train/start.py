@@ -14,6 +14,7 @@ from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.specs.run import RunSpec
 from dpo_service.storage.store import Store
 from dpo_service.train import saving
+from dpo_service.train.layers import prepare_layers
 from dpo_service.train.optim import build_optimizer
 from dpo_service.train.ranks import Ranks
 from dpo_service.train.reference import build_reference
@@ -35,6 +36,7 @@ def build_state(
 ) -> TrainState:
     """Policy and optimizer as at the start of the run, or as `checkpoint` left them; the reference beside them."""
     policy = saving.load_policy(run, model_dir, checkpoint, ranks.device)
+    prepare_layers(policy, run)
     reference = build_reference(run.reference.mode, policy, model_dir, run.precision, ranks.device)
     state = TrainState(run, policy, reference, build_optimizer(policy, run.optim), ranks, total_steps)
     if checkpoint is not None:

@@ -23,6 +23,8 @@ RUN_FIELDS = (
     "optim",
     "batch",
     "precision",
+    "activation_checkpointing",
+    "compile",
     "lora",
     "resources",
     "logging_steps",

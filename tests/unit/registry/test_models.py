@@ -186,6 +186,19 @@ def test_length_under_its_several_names(tmp_path, config, length):
     assert inspect(save(tmp_path / "m", **config), "m").max_length == length
 
 
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        ({"hidden_size": 64, "num_hidden_layers": 3}, 192),
+        ({"n_embd": 8, "n_layer": 2}, 16),
+        ({"text_config": {"hidden_size": 5, "num_hidden_layers": 2}}, 10),
+        ({"hidden_size": 64}, 0),
+    ],
+)
+def test_layer_width_under_its_several_names(tmp_path, config, width):
+    assert inspect(save(tmp_path / "m", **config), "m").layer_width == width
+
+
 @pytest.mark.parametrize("content", ["[]", "{", "\xff"])
 def test_config_that_is_none(tmp_path, content):
     directory = save(tmp_path / "m")
