@@ -105,6 +105,7 @@ class _HeadLogps(torch.autograd.Function):
             picked.append(picked_K)
             first.append(picked_K >= top_K)
             sums.append(top_K + logits_KV.sub_(top_K[:, None]).exp_().sum(1).log())
+            del logits_KV  # or it would lie there until the next chunk is made
         sum_C, first_C = torch.cat(sums), torch.cat(first)
         ctx.save_for_backward(hidden_CH, weight_VH, bias_V, target_C, sum_C)
         ctx.options = options
@@ -132,6 +133,7 @@ class _HeadLogps(torch.autograd.Function):
                 grad_hidden[rows] = grad_KV @ weight
             if grad_weight is not None:
                 _add_product(grad_weight, grad_KV.T, hidden_KH)
+            del logits_KV, grad_KV
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
@@ -143,8 +145,12 @@ def _chunks(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_
         torch.split(hidden_CH, options.chunk), torch.split(target_C, options.chunk), strict=True
     ):
         hidden_KH = hidden_KH.to(options.dtype)
-        logits_KV = F.linear(hidden_KH, weight_VH, bias_V).to(_sums(options.dtype))
-        yield hidden_KH, target_K, _bounded(logits_KV, options.scale, options.softcap)
+        # No name for the logits here: this frame outlives the chunk, and would keep them.
+        yield (
+            hidden_KH,
+            target_K,
+            _bounded(F.linear(hidden_KH, weight_VH, bias_V).to(_sums(options.dtype)), options.scale, options.softcap),
+        )
 
 
 def _grad_logits(logits_KV: Tensor, target_K: Tensor, sum_K: Tensor, grad_K: Tensor, options: _Options) -> Tensor:
