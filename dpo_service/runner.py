@@ -142,7 +142,7 @@ def _prepare(store: Store, run: RunSpec, model_dir: Path, digest: str, reporter:
     from dpo_service.train.reference import ReferenceScorer
 
     cached = run.reference.mode == "cached"
-    scorer = partial(ReferenceScorer, str(model_dir), run.precision, run.batch.micro_batch_size)
+    scorer = partial(ReferenceScorer, str(model_dir), run.precision, run.batch.micro_batch_size, run.loss.ld_alpha)
     return prepare(
         store,
         run.data,
@@ -152,7 +152,7 @@ def _prepare(store: Store, run: RunSpec, model_dir: Path, digest: str, reporter:
         reporter=reporter,
         scorer=scorer if cached else None,
         reference_digest=digest if cached else None,
-        precision=run.precision,
+        scored_as={"precision": run.precision, "ld_alpha": run.loss.ld_alpha},
         resources=run.resources,
     )
 

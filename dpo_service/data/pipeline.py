@@ -11,7 +11,9 @@ All of it is written beside the dataset's directory and appears there at once, o
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,7 +52,7 @@ def prepare(
     reporter: Reporter,
     scorer: ScorerFactory | None,
     reference_digest: str | None,
-    precision: str | None = None,
+    scored_as: Mapping[str, Any] | None = None,
     resources: ResourceSpec | None = None,
 ) -> DatasetManifest:
     """Prepare a job's dataset, or find it where an earlier attempt left it. Ray must be initialised.
@@ -58,7 +60,8 @@ def prepare(
     Args:
         scorer: builds, in an actor, what computes reference log-probabilities; None = the loss needs none.
         reference_digest: identifies the reference model's weights.
-        precision: the reference's; None = its log-probabilities are not cached between jobs.
+        scored_as: what else `scorer` depends on (precision, ld_alpha); None = its log-probabilities are not cached
+            between jobs.
 
     Raises:
         InvalidData: a row, or what is left of the file, cannot be trained on; `param` names the file's field.
@@ -69,7 +72,7 @@ def prepare(
     if manifest is None:
         with store.publishing(key) as directory:
             stage = _Stage(store, spec, batch, model_dir, reporter, directory, key)
-            manifest = stage.run(scorer, reference_digest, precision, resources or ResourceSpec())
+            manifest = stage.run(scorer, reference_digest, scored_as, resources or ResourceSpec())
             shutil.rmtree(stage.scratch)
             (directory / MANIFEST).write_text(manifest.model_dump_json(indent=1))
     reporter.dataset(manifest.model_dump(mode="json"), summary(manifest.report, manifest))
@@ -116,13 +119,13 @@ class _Stage:
         self,
         scorer: ScorerFactory | None,
         reference_digest: str | None,
-        precision: str | None,
+        scored_as: Mapping[str, Any] | None,
         resources: ResourceSpec,
     ) -> DatasetManifest:
         train, validation, made = self._splits()
         if scorer is not None:
             for split in [train, validation] if validation is not None else [train]:
-                self._add_reference(split, scorer, reference_digest, precision, resources)
+                self._add_reference(split, scorer, reference_digest, scored_as, resources)
         plan = self._plan(train)
         write_plan(plan, self.directory / PLAN)
         return DatasetManifest(
@@ -198,18 +201,18 @@ class _Stage:
         split: SplitManifest,
         scorer: ScorerFactory,
         reference_digest: str | None,
-        precision: str | None,
+        scored_as: Mapping[str, Any] | None,
         resources: ResourceSpec,
     ) -> None:
         key = None
-        if reference_digest is not None and precision is not None:
+        if reference_digest is not None and scored_as is not None:
             key = cache_key(
                 reference=reference_digest,
                 tokenizer=self.tokenizer.digest,
                 template=self.tokenizer.template_digest,
                 rows=split.digest,
                 max_length=self.spec.max_length,
-                precision=precision,
+                **scored_as,
             )
 
         def tell(done: int, total: int) -> None:

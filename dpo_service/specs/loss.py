@@ -44,31 +44,28 @@ class LossRow:
     max_beta: float = 2.0
 
 
+_ANY_PAIR = {"rpo_alpha": 0.0, "wpo": False}
+"""What any loss on pairs can carry, but for two: see the table."""
+_SUMS = {**_ANY_PAIR, "ld_alpha": 1.0}
+"""And what those can that compare sums over the answers' tokens, not means."""
+
 LOSS_TABLE: dict[LossName, LossRow] = {
-    "sigmoid": LossRow(
-        "arXiv:2305.18290", 5e-6, {"beta": 0.1, "label_smoothing": 0.0, "length_penalty": 0.0, "rpo_alpha": 0.0}
-    ),
-    "robust": LossRow(
-        "arXiv:2403.00409", 5e-6, {"beta": 0.1, "label_smoothing": 0.1, "length_penalty": 0.0, "rpo_alpha": 0.0}
-    ),
-    "hinge": LossRow("arXiv:2305.10425", 5e-6, {"beta": 0.1, "length_penalty": 0.0, "rpo_alpha": 0.0}),
-    "sigmoid_norm": LossRow("arXiv:2411.15124", 5e-7, {"beta": 5.0, "rpo_alpha": 0.0}, max_beta=100.0),
-    "exo_pair": LossRow("arXiv:2402.00856", 5e-6, {"beta": 0.1, "label_smoothing": 1e-3, "rpo_alpha": 0.0}),
-    "nca_pair": LossRow("arXiv:2402.05369", 5e-6, {"beta": 0.01, "rpo_alpha": 0.0}),
-    "apo_zero": LossRow("arXiv:2408.06266", 5e-6, {"beta": 0.1, "rpo_alpha": 0.0}),
+    "sigmoid": LossRow("arXiv:2305.18290", 5e-6, {"beta": 0.1, "label_smoothing": 0.0, "length_penalty": 0.0, **_SUMS}),
+    "robust": LossRow("arXiv:2403.00409", 5e-6, {"beta": 0.1, "label_smoothing": 0.1, "length_penalty": 0.0, **_SUMS}),
+    "hinge": LossRow("arXiv:2305.10425", 5e-6, {"beta": 0.1, "length_penalty": 0.0, **_SUMS}),
+    "sigmoid_norm": LossRow("arXiv:2411.15124", 5e-7, {"beta": 5.0, **_ANY_PAIR}, max_beta=100.0),
+    "exo_pair": LossRow("arXiv:2402.00856", 5e-6, {"beta": 0.1, "label_smoothing": 1e-3, **_SUMS}),
+    "nca_pair": LossRow("arXiv:2402.05369", 5e-6, {"beta": 0.01, **_SUMS}),
+    "apo_zero": LossRow("arXiv:2408.06266", 5e-6, {"beta": 0.1, **_SUMS}),
     # No rpo_alpha: this loss is for lowering the chosen answer's likelihood, which that term raises.
-    "apo_down": LossRow("arXiv:2408.06266", 5e-6, {"beta": 0.1}),
-    "discopop": LossRow("arXiv:2406.08414", 5e-6, {"beta": 0.1, "discopop_tau": 0.05, "rpo_alpha": 0.0}),
-    "sppo": LossRow("arXiv:2405.00675", 5e-7, {"beta": 1e-3, "rpo_alpha": 0.0}),
-    "ipo": LossRow("arXiv:2310.12036", 5e-6, {"beta": 0.1, "length_normalize": True, "rpo_alpha": 0.0}),
-    # No rpo_alpha: it has that term already.
+    "apo_down": LossRow("arXiv:2408.06266", 5e-6, {"beta": 0.1, "wpo": False, "ld_alpha": 1.0}),
+    "discopop": LossRow("arXiv:2406.08414", 5e-6, {"beta": 0.1, "discopop_tau": 0.05, **_SUMS}),
+    "sppo": LossRow("arXiv:2405.00675", 5e-7, {"beta": 1e-3, **_SUMS}),
+    "ipo": LossRow("arXiv:2310.12036", 5e-6, {"beta": 0.1, "length_normalize": True, **_ANY_PAIR}),
+    # No rpo_alpha: it has that term already. No wpo: most of it is that term, which does not compare.
     "orpo": LossRow("arXiv:2403.07691", 8e-6, {"lam": 0.1}, reference=False),
     "simpo": LossRow(
-        "arXiv:2405.14734",
-        5e-7,
-        {"beta": 2.0, "gamma_beta_ratio": 0.5, "rpo_alpha": 0.0},
-        reference=False,
-        max_beta=100.0,
+        "arXiv:2405.14734", 5e-7, {"beta": 2.0, "gamma_beta_ratio": 0.5, **_ANY_PAIR}, reference=False, max_beta=100.0
     ),
     "sft": LossRow("next-token cross-entropy", 2e-5, reference=False),
 }
@@ -93,7 +90,7 @@ def _that_take(option: str) -> str:
 class LossSpec(Spec):
     """The loss, every number decided: what is left out becomes the authors' default.
 
-    A number the loss does not use is refused, stays 0 and is not written down.
+    A number the loss does not use is refused, stays as it is here and is not written down.
     """
 
     name: LossName
@@ -110,6 +107,10 @@ class LossSpec(Spec):
     """R-DPO's alpha, nats a token (arXiv:2403.19159)."""
     rpo_alpha: float = 0.0
     """Weight of the chosen answer's negative log-likelihood per token (RPO, arXiv:2404.19733)."""
+    wpo: bool = False
+    """Weigh each pair by how likely the policy is to say both of its answers (WPO, arXiv:2406.11827)."""
+    ld_alpha: float = 1.0
+    """What a token past the length of the pair's shorter answer counts, 0 to 1 (LD-DPO, arXiv:2409.06411)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -122,10 +123,10 @@ class LossSpec(Spec):
 
     @model_validator(mode="after")
     def _only_what_it_uses(self) -> Self:
-        for option in type(self).model_fields.keys() - {"name"}:
+        for option, known in type(self).model_fields.items():
             value = getattr(self, option)
-            why = refusal(self.name, option, value)
-            if why and (value or option in LOSS_TABLE[self.name].options):
+            why = refusal(self.name, option, value) if option != "name" else None
+            if why and (value != known.default or option in LOSS_TABLE[self.name].options):
                 raise ValueError(why)
         return self
 

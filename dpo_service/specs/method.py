@@ -65,8 +65,12 @@ class DpoHyperparameters(SupervisedHyperparameters):
     """R-DPO's alpha, nats a token (`sigmoid`, `robust`, `hinge`)."""
     rpo_alpha: Auto[Weight] = AUTO
     """Weight of the chosen answer's negative log-likelihood per token (RPO; all but `apo_down`)."""
+    wpo: bool = False
+    """Weigh each pair by the likelihood of its answers under the policy, as if it had said them itself (WPO)."""
+    ld_alpha: Auto[Annotated[float, Field(ge=0, le=1)]] = AUTO
+    """What tokens past the shorter answer's length count, against length bias (LD-DPO; all but `sigmoid_norm`)."""
 
-    @field_validator("beta", "label_smoothing", "discopop_tau", "length_penalty", "rpo_alpha")
+    @field_validator("beta", "label_smoothing", "discopop_tau", "length_penalty", "rpo_alpha", "ld_alpha")
     @classmethod
     def _used_by_the_loss(cls, value: Auto[float], info: ValidationInfo) -> Auto[float]:
         assert info.field_name is not None
@@ -83,6 +87,7 @@ class IpoHyperparameters(SupervisedHyperparameters):
     length_normalize: bool = True
     """Mean over an answer's tokens, as the authors advise and TRL does; false = their sum, as OpenRLHF does."""
     rpo_alpha: Auto[Weight] = AUTO
+    wpo: bool = False
 
 
 class OrpoHyperparameters(SupervisedHyperparameters):
@@ -96,6 +101,7 @@ class SimpoHyperparameters(SupervisedHyperparameters):
     gamma_beta_ratio: Auto[Annotated[float, Field(ge=0, le=2)]] = AUTO
     """Target margin divided by beta; the authors use at most 0.8."""
     rpo_alpha: Auto[Weight] = AUTO
+    wpo: bool = False
 
 
 class DpoMethod(Spec):

@@ -35,6 +35,8 @@ class MicroBatch:
     """That token."""
     owner_C: Tensor
     """Its sequence, 0..S-1."""
+    tail_C: Tensor
+    """Whether it lies past the length of the pair's shorter answer; never, for single answers."""
     segments: tuple[Segment, ...]
     """Where the pairs lie in the packed row."""
     sequences: int
@@ -84,6 +86,7 @@ def collate(examples: Sequence[Example]) -> MicroBatch:
         source_C=torch.tensor([place for s in sequences for place in _predictors(s.prompt_at, *s[1:])]),
         target_C=torch.cat([input_ids_T[s.answer_at : s.answer_at + s.answer] for s in sequences]),
         owner_C=torch.tensor([owner for owner, s in enumerate(sequences) for _ in range(s.answer)]),
+        tail_C=_past_the_shorter([s.answer for s in sequences], len(examples)),
         segments=tuple(segments),
         sequences=len(sequences),
         rows=len(examples),
@@ -123,6 +126,12 @@ def padded(batch: MicroBatch) -> MicroBatch:
 def _predictors(prompt_at: int, prompt: int, answer_at: int, answer: int) -> list[int]:
     """The places that predict an answer's tokens: the prompt's last, then all of the answer but its last."""
     return [prompt_at + prompt - 1, *range(answer_at, answer_at + answer - 1)]
+
+
+def _past_the_shorter(lengths: Sequence[int], rows: int) -> Tensor:
+    """`MicroBatch.tail_C`, from the lengths of the S answers, chosen first."""
+    shared = [min(lengths[row::rows]) for row in range(rows)]
+    return torch.tensor([place >= shared[i % rows] for i, length in enumerate(lengths) for place in range(length)])
 
 
 def _column(values: list[float | None]) -> Tensor | None:

@@ -35,36 +35,51 @@ class Head(NamedTuple):
         return _bounded(self.module(hidden), self.scale, self.softcap)
 
 
-def head_logps(head: Head, hidden_CH: Tensor, target_C: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """log p(target) [C], float32 (float64 of float64), and whether the target was the first choice [C]."""
+class TokenLogps(NamedTuple):
+    logps_C: Tensor
+    """log p(target), float32 (float64 of float64)."""
+    first_C: Tensor
+    """Whether the target was the first choice."""
+    square_C: Tensor | None = None
+    """log sum_v p(v)^2, no gradient: what a token drawn from the model has for its mean probability (WPO)."""
+
+
+def head_logps(
+    head: Head, hidden_CH: Tensor, target_C: Tensor, chunk: int | None = None, *, squares: bool = False
+) -> TokenLogps:
+    """The tokens' log-probabilities; `square_C` only where `squares` asks for it."""
     if chunk is None:
         chunk = max(MIN_CHUNK, CHUNK_LOGITS // _vocabulary(head.module))
     module = head.module
     if type(module) is not nn.Linear or module._forward_pre_hooks or module._forward_hooks:
-        return _by_checkpoint(head, hidden_CH, target_C, chunk)
+        return _by_checkpoint(head, hidden_CH, target_C, chunk, squares)
     device = hidden_CH.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_CH.dtype
-    options = _Options(chunk, dtype, head.scale, head.softcap)
-    logps: tuple[Tensor, Tensor] = _HeadLogps.apply(hidden_CH, module.weight, module.bias, target_C, options)  # type: ignore[no-untyped-call]
-    return logps
+    options = _Options(chunk, dtype, head.scale, head.softcap, squares)
+    return TokenLogps(*_HeadLogps.apply(hidden_CH, module.weight, module.bias, target_C, options))  # type: ignore[no-untyped-call]
 
 
-def logit_logps(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
+def logit_logps(logits_CV: Tensor, target_C: Tensor, *, squares: bool = False) -> TokenLogps:
     """The same from logits that are there already."""
     logits_CV = logits_CV.to(_sums(logits_CV.dtype))
-    picked_C = logits_CV.gather(1, target_C[:, None]).squeeze(1)
-    return picked_C - logits_CV.logsumexp(1), picked_C >= logits_CV.detach().amax(1)
+    picked_C, sum_C = logits_CV.gather(1, target_C[:, None]).squeeze(1), logits_CV.logsumexp(1)
+    square_C = (2 * logits_CV.detach()).logsumexp(1) - 2 * sum_C.detach() if squares else None
+    return TokenLogps(picked_C - sum_C, picked_C >= logits_CV.detach().amax(1), square_C)
 
 
-def _by_checkpoint(head: Head, hidden_CH: Tensor, target_C: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+def _by_checkpoint(head: Head, hidden_CH: Tensor, target_C: Tensor, chunk: int, squares: bool) -> TokenLogps:
     """For heads that are more than a matrix: an adapter's, a sharded one."""
 
-    def logps(hidden_KH: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
-        return logit_logps(head(hidden_KH), target_K)
+    def logps(hidden_KH: Tensor, target_K: Tensor) -> TokenLogps:
+        return logit_logps(head(hidden_KH), target_K, squares=squares)
 
     chunks = zip(torch.split(hidden_CH, chunk), torch.split(target_C, chunk), strict=True)
     parts = [checkpoint(logps, hidden_KH, target_K, use_reentrant=False) for hidden_KH, target_K in chunks]
-    return torch.cat([logps_K for logps_K, _ in parts]), torch.cat([first_K for _, first_K in parts])
+    return TokenLogps(
+        torch.cat([part.logps_C for part in parts]),
+        torch.cat([part.first_C for part in parts]),
+        torch.cat([part.square_C for part in parts if part.square_C is not None]) if squares else None,
+    )
 
 
 def _vocabulary(module: nn.Module) -> int:
@@ -87,6 +102,7 @@ class _Options(NamedTuple):
     """of the matrix products"""
     scale: float
     softcap: float | None
+    squares: bool
 
 
 class _HeadLogps(torch.autograd.Function):
@@ -98,23 +114,30 @@ class _HeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_C: Tensor, options: _Options
-    ) -> tuple[Tensor, Tensor]:
-        picked, sums, first = [], [], []
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        picked, sums, first, squares = [], [], [], []
         for _, target_K, logits_KV in _chunks(hidden_CH, weight_VH, bias_V, target_C, options):
             top_K, picked_K = logits_KV.amax(1), logits_KV.gather(1, target_K[:, None]).squeeze(1)
             picked.append(picked_K)
             first.append(picked_K >= top_K)
-            sums.append(top_K + logits_KV.sub_(top_K[:, None]).exp_().sum(1).log())
-            del logits_KV  # or it would lie there until the next chunk is made
+            odds_KV = logits_KV.sub_(top_K[:, None]).exp_()
+            total_K = odds_KV.sum(1).log()
+            sums.append(top_K + total_K)
+            if options.squares:
+                squares.append(2 * (torch.linalg.vector_norm(odds_KV, dim=1).log() - total_K))
+            del logits_KV, odds_KV  # or it would lie there until the next chunk is made
         sum_C, first_C = torch.cat(sums), torch.cat(first)
+        square_C = torch.cat(squares) if options.squares else None
         ctx.save_for_backward(hidden_CH, weight_VH, bias_V, target_C, sum_C)
         ctx.options = options
-        ctx.mark_non_differentiable(first_C)
-        return torch.cat(picked) - sum_C, first_C
+        ctx.mark_non_differentiable(*((first_C,) if square_C is None else (first_C, square_C)))
+        return torch.cat(picked) - sum_C, first_C, square_C
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_C: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, grad_C: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         hidden_CH, weight_VH, bias_V, target_C, sum_C = ctx.saved_tensors
         options: _Options = ctx.options
         weight = weight_VH.to(options.dtype)

@@ -29,25 +29,37 @@ class Completions(NamedTuple):
     """Sum over the completion's tokens of log p(token | what precedes it), float32."""
     correct_S: Tensor
     """Completion tokens that were the model's first choice; no gradient."""
+    tail_S: Tensor
+    """The part of `logps_S` that lies past the length of the pair's shorter answer."""
+    aligned_S: Tensor | None = None
+    """Sum over the completion's tokens of log p(token) - log sum_v p(v)^2; no gradient."""
 
 
-def completion_logps(model: nn.Module, batch: MicroBatch, *, chunk: int | None = None) -> Completions:
+def completion_logps(
+    model: nn.Module, batch: MicroBatch, *, chunk: int | None = None, aligned: bool = False
+) -> Completions:
     """Log-probability of each sequence's completion under a causal language model of transformers.
 
     A packed `batch` is padded first where the model cannot compute it as it is (`packs`). The output head takes `chunk`
-    tokens at a time, by default as many as `head.CHUNK_LOGITS` allows.
+    tokens at a time, by default as many as `head.CHUNK_LOGITS` allows. `aligned` asks for `aligned_S`.
     """
     batch = batch if packs(model) else padded(batch)
     head = split_head(model)
     hidden_CH = _hidden(model, batch, split=head is not None)
     if head is None:
-        logps_C, first_C = logit_logps(hidden_CH, batch.target_C)
+        logps_C, first_C, square_C = logit_logps(hidden_CH, batch.target_C, squares=aligned)
     else:
-        logps_C, first_C = head_logps(head, hidden_CH, batch.target_C, chunk)
+        logps_C, first_C, square_C = head_logps(head, hidden_CH, batch.target_C, chunk, squares=aligned)
     zeros_S = torch.zeros(batch.sequences, dtype=logps_C.dtype, device=logps_C.device)
+
+    def by_sequence(values_C: Tensor) -> Tensor:
+        return zeros_S.index_add(0, batch.owner_C, values_C.to(zeros_S.dtype))
+
     return Completions(
-        zeros_S.index_add(0, batch.owner_C, logps_C),
-        zeros_S.index_add(0, batch.owner_C, first_C.to(logps_C.dtype)),
+        by_sequence(logps_C),
+        by_sequence(first_C),
+        by_sequence(logps_C * batch.tail_C),
+        None if square_C is None else by_sequence(logps_C.detach() - square_C),
     )
 
 

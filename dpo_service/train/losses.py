@@ -1,7 +1,8 @@
 """The losses: one pure function each, from log-probabilities to one value a row.
 
 Shapes: P rows (pairs; answers for `sft`). For a pair, w is the chosen and l the rejected answer, `lp` the summed
-log-probability of an answer's n tokens, `D` = lp - its reference, h = D_w - D_l.
+log-probability of an answer's n tokens, `D` = lp - its reference, h = D_w - D_l. With `ld_alpha`, the lp in D counts
+tokens past the shorter answer's length in that part only (LD-DPO, arXiv:2409.06411); so does its reference.
 
 A function returns the loss of each row, not a mean: the step divides the sum by what the WHOLE step holds over all
 micro-batches and ranks (`DIVISOR`), so k accumulation steps equal one batch and n ranks equal one. Which numbers of
@@ -27,7 +28,10 @@ LARGEST_MEAN_LOGP = -1e-6
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Summed log-probabilities, float32 or float64, and token counts of the answers."""
+    """Summed log-probabilities, float32 or float64, and token counts of the answers.
+
+    A job with `ld_alpha` needs the tails, and a reference that has left out the same part of them.
+    """
 
     chosen_P: Tensor
     chosen_tokens_P: Tensor
@@ -35,13 +39,20 @@ class LossInputs:
     rejected_tokens_P: Tensor | None = None
     ref_chosen_P: Tensor | None = None
     ref_rejected_P: Tensor | None = None
+    chosen_tail_P: Tensor | None = None
+    """The part of `chosen_P` past the length of the pair's shorter answer."""
+    rejected_tail_P: Tensor | None = None
+    weight_P: Tensor | None = None
+    """WPO's weight of each pair, without gradient (`pair_weights`)."""
 
-    def log_ratios(self) -> tuple[Tensor, Tensor]:
+    def log_ratios(self, ld_alpha: float = 1.0) -> tuple[Tensor, Tensor]:
         """`D` of the chosen and of the rejected answer."""
         assert self.rejected_P is not None, "this loss needs pairs"
         assert self.ref_chosen_P is not None, "this loss needs a reference"
         assert self.ref_rejected_P is not None, "this loss needs a reference"
-        return self.chosen_P - self.ref_chosen_P, self.rejected_P - self.ref_rejected_P
+        chosen_P = without_tail(self.chosen_P, self.chosen_tail_P, ld_alpha)
+        rejected_P = without_tail(self.rejected_P, self.rejected_tail_P, ld_alpha)
+        return chosen_P - self.ref_chosen_P, rejected_P - self.ref_rejected_P
 
     def mean_log_ratios(self) -> tuple[Tensor, Tensor]:
         """`D / n`: the mean over the answer's tokens."""
@@ -65,20 +76,38 @@ class LossInputs:
 Loss = Callable[[LossInputs, LossSpec], Tensor]
 
 
+def without_tail(logps: Tensor, tail: Tensor | None, ld_alpha: float) -> Tensor:
+    """`logps` with its `tail` counted `ld_alpha` times; 1 = whole, and the tail may be unknown."""
+    if ld_alpha == 1:
+        return logps
+    assert tail is not None, "ld_alpha needs the tails"
+    return logps - (1 - ld_alpha) * tail
+
+
+def pair_weights(aligned_S: Tensor, tokens_S: Tensor) -> Tensor:
+    """WPO, arXiv:2406.11827 eq. 2 with its sampled alignment, [P] from [S]: min(1, v_w v_l), without gradient.
+
+    v = exp of the mean over an answer's tokens of log p(token) - log sum_v p(v)^2: 1 for an answer as likely as those
+    the policy itself samples. The limit of 1 is of the authors' code; TRL has none.
+    """
+    chosen_P, rejected_P = (aligned_S.detach() / tokens_S).chunk(2)
+    return torch.exp(chosen_P + rejected_P).clamp(max=1)
+
+
 def _margin(inputs: LossInputs, spec: LossSpec) -> Tensor:
     """beta h, and with `length_penalty` a: beta h + a (n_w - n_l), R-DPO (arXiv:2403.19159).
 
     Plus: the policy that is best for the penalised reward r - a n has r = beta D + a n + const. So a pair whose chosen
     answer is the longer one counts as won by its length in part, and pushes less.
     """
-    chosen_P, rejected_P = inputs.log_ratios()
+    chosen_P, rejected_P = inputs.log_ratios(spec.ld_alpha)
     margin_P = spec.beta * (chosen_P - rejected_P)
     return margin_P + spec.length_penalty * inputs.extra_tokens() if spec.length_penalty else margin_P
 
 
 def _rewards(inputs: LossInputs, spec: LossSpec) -> tuple[Tensor, Tensor]:
     """beta D of both answers."""
-    chosen_P, rejected_P = inputs.log_ratios()
+    chosen_P, rejected_P = inputs.log_ratios(spec.ld_alpha)
     return spec.beta * chosen_P, spec.beta * rejected_P
 
 
@@ -167,7 +196,7 @@ def sppo(inputs: LossInputs, spec: LossSpec) -> Tensor:
 
     P_w, the probability that w beats the policy's average answer, is 1: a dataset gives verdicts only.
     """
-    chosen_P, rejected_P = inputs.log_ratios()
+    chosen_P, rejected_P = inputs.log_ratios(spec.ld_alpha)
     goal = 0.5 / spec.beta
     return 0.5 * ((chosen_P - goal) ** 2 + (rejected_P + goal) ** 2)
 
@@ -231,9 +260,15 @@ def row_losses(inputs: LossInputs, spec: LossSpec) -> Tensor:
     """The loss of each row, [P], with the terms any paired loss can carry.
 
     `rpo_alpha` adds its multiple of the chosen answer's negative log-likelihood per token (RPO, arXiv:2404.19733).
+    `wpo` multiplies the whole by the pair's weight.
     """
     loss_P = LOSSES[spec.name](inputs, spec)
-    return loss_P - spec.rpo_alpha * inputs.mean_logps()[0] if spec.rpo_alpha else loss_P
+    if spec.rpo_alpha:
+        loss_P = loss_P - spec.rpo_alpha * inputs.mean_logps()[0]
+    if spec.wpo:
+        assert inputs.weight_P is not None, "wpo needs the pairs' weights"
+        loss_P = loss_P * inputs.weight_P
+    return loss_P
 
 
 def rewards(inputs: LossInputs, spec: LossSpec) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from dpo_service.errors import TrainingError
 from dpo_service.train.batch import MicroBatch, collate
 from dpo_service.train.logprobs import completion_logps
+from dpo_service.train.losses import without_tail
 from dpo_service.train.policy import autocast, base_of, load_model
 from dpo_service.train.rows import RowTable
 
@@ -38,29 +39,37 @@ def cached_reference(batch: MicroBatch) -> tuple[Tensor, Tensor]:
 
 
 class LiveReference:
-    """Computed beside the policy: by a frozen copy, or by the policy itself with its adapter off."""
+    """Computed beside the policy: by a frozen copy, or by the policy itself with its adapter off.
 
-    def __init__(self, model: Any, precision: str) -> None:
-        self._model = model
-        self._precision = precision
+    `ld_alpha` as in LossSpec: what the policy's tails count, the reference's do.
+    """
+
+    def __init__(self, model: Any, precision: str, ld_alpha: float = 1.0) -> None:
+        self._model, self._precision, self._ld_alpha = model, precision, ld_alpha
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         adapter_off = getattr(self._model, "disable_adapter", contextlib.nullcontext)
         with adapter_off(), autocast(batch.input_ids_BL.device, self._precision):
-            logps_S = completion_logps(base_of(self._model), batch).logps_S
+            completions = completion_logps(base_of(self._model), batch)
+        logps_S = without_tail(completions.logps_S, completions.tail_S, self._ld_alpha)
         return logps_S[: batch.rows], logps_S[batch.rows :]
 
 
-def build_reference(mode: str, policy: Any, model_dir: Path, precision: str, device: torch.device) -> Reference:
-    """`mode` as in ReferenceSpec. The frozen copy is loaded from the job's own start, never from resumed weights."""
+def build_reference(
+    mode: str, policy: Any, model_dir: Path, precision: str, device: torch.device, ld_alpha: float = 1.0
+) -> Reference:
+    """`mode` as in ReferenceSpec, `ld_alpha` as in LossSpec.
+
+    The frozen copy is loaded from the job's own start, never from resumed weights.
+    """
     if mode == "none":
         return no_reference
     if mode == "cached":
         return cached_reference
     if base_of(policy) is not policy:
-        return LiveReference(policy, precision)
-    return LiveReference(load_model(model_dir, device).requires_grad_(False), precision)
+        return LiveReference(policy, precision, ld_alpha)
+    return LiveReference(load_model(model_dir, device).requires_grad_(False), precision, ld_alpha)
 
 
 class ReferenceScorer:
@@ -69,11 +78,12 @@ class ReferenceScorer:
     It uses as many threads as OMP_NUM_THREADS says, and a GPU where it is given one.
     """
 
-    def __init__(self, model_dir: str, precision: str, micro_batch_size: int) -> None:
+    def __init__(self, model_dir: str, precision: str, micro_batch_size: int, ld_alpha: float = 1.0) -> None:
         if threads := os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._reference = LiveReference(load_model(Path(model_dir), self._device).requires_grad_(False), precision)
+        model = load_model(Path(model_dir), self._device).requires_grad_(False)
+        self._reference = LiveReference(model, precision, ld_alpha)
         self._micro_batch_size = micro_batch_size
 
     def __call__(self, batch: pa.Table) -> pa.Table:

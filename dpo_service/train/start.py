@@ -37,7 +37,7 @@ def build_state(
     """Policy and optimizer as at the start of the run, or as `checkpoint` left them; the reference beside them."""
     policy = saving.load_policy(run, model_dir, checkpoint, ranks.device)
     prepare_layers(policy, run)
-    reference = build_reference(run.reference.mode, policy, model_dir, run.precision, ranks.device)
+    reference = build_reference(run.reference.mode, policy, model_dir, run.precision, ranks.device, run.loss.ld_alpha)
     state = TrainState(run, policy, reference, build_optimizer(policy, run.optim), ranks, total_steps)
     if checkpoint is not None:
         saving.restore_optimizer(state, checkpoint)

@@ -19,7 +19,7 @@ from dpo_service.specs.run import RunSpec
 from dpo_service.train import metrics
 from dpo_service.train.batch import MicroBatch
 from dpo_service.train.logprobs import Completions, completion_logps
-from dpo_service.train.losses import LossInputs, row_losses
+from dpo_service.train.losses import LossInputs, pair_weights, row_losses
 from dpo_service.train.optim import clip_gradients, learning_rate, require_finite, trained_parameters
 from dpo_service.train.policy import adapter_dropout, autocast, base_of
 from dpo_service.train.ranks import Ranks
@@ -85,14 +85,14 @@ def _accumulate(state: TrainState, batch: MicroBatch, divisor: float) -> dict[st
 
 def _forward(state: TrainState, batch: MicroBatch) -> tuple[Tensor, dict[str, float]]:
     with autocast(state.ranks.device, state.run.precision):
-        completions = completion_logps(base_of(state.policy), batch)
+        completions = completion_logps(base_of(state.policy), batch, aligned=state.run.loss.wpo)
     inputs = loss_inputs(batch, completions, state.reference(batch))
     loss_P = row_losses(inputs, state.run.loss)
     return loss_P, metrics.of_batch(batch, completions, inputs, loss_P, state.run.loss)
 
 
 def loss_inputs(batch: MicroBatch, completions: Completions, reference: tuple[Tensor, Tensor] | None) -> LossInputs:
-    logps_S, tokens_S, rows = completions.logps_S, batch.lengths_S, batch.rows
+    logps_S, tail_S, tokens_S, rows = completions.logps_S, completions.tail_S, batch.lengths_S, batch.rows
     return LossInputs(
         chosen_P=logps_S[:rows],
         chosen_tokens_P=tokens_S[:rows],
@@ -100,6 +100,9 @@ def loss_inputs(batch: MicroBatch, completions: Completions, reference: tuple[Te
         rejected_tokens_P=tokens_S[rows:] if batch.paired else None,
         ref_chosen_P=reference[0] if reference else None,
         ref_rejected_P=reference[1] if reference else None,
+        chosen_tail_P=tail_S[:rows],
+        rejected_tail_P=tail_S[rows:] if batch.paired else None,
+        weight_P=None if completions.aligned_S is None else pair_weights(completions.aligned_S, tokens_S),
     )
 
 

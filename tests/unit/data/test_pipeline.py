@@ -66,7 +66,9 @@ def stage(tmp_path, ray_connected):
             self.store, self.model_dir, self.calls = store, model_dir, calls
             self.spool = tmp_path / "spool"
 
-        def __call__(self, training, *, validation=None, job="ftjob-1", scorer=LengthScorer, batch=BATCH, **data):
+        def __call__(
+            self, training, *, validation=None, job="ftjob-1", scorer=LengthScorer, batch=BATCH, ld_alpha=1.0, **data
+        ):
             store.write("files/t", "\n".join(map(json.dumps, training)).encode())
             if validation is not None:
                 store.write("files/v", json.dumps(validation).encode())
@@ -82,7 +84,7 @@ def stage(tmp_path, ray_connected):
                     reporter=reporter,
                     scorer=(lambda: scorer(calls)) if scorer else None,
                     reference_digest="base",
-                    precision="float32",
+                    scored_as={"precision": "float32", "ld_alpha": ld_alpha},
                     resources=ResourceSpec(workers=2),
                 )
 
@@ -139,8 +141,10 @@ def test_reference_log_probabilities_are_computed_once_for_all_jobs(stage):
     second = stage(rows, job="ftjob-2")
     assert len(list(stage.calls.iterdir())) == built
     assert stage.table(second.train).equals(stage.table(first.train))
-    stage(rows, job="ftjob-3", max_length=100)
-    assert len(list(stage.calls.iterdir())) > built
+    for number, other in enumerate(({"max_length": 100}, {"ld_alpha": 0.5}), start=3):
+        stage(rows, job=f"ftjob-{number}", **other)
+        assert len(list(stage.calls.iterdir())) > built
+        built = len(list(stage.calls.iterdir()))
 
 
 def test_the_dataset_of_an_earlier_attempt_is_used_if_it_is_whole(stage):

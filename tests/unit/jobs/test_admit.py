@@ -14,6 +14,7 @@ from dpo_service.jobs.admit import admit
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.registry import files
 from dpo_service.registry.tables import File
+from dpo_service.specs.loss import LOSS_TABLE
 from dpo_service.specs.run import RunSpec
 from dpo_service.storage import paths
 from tests.models import CHAT_TEMPLATE, save_tokenizer
@@ -78,7 +79,7 @@ def dpo(**hyperparameters: Any) -> dict[str, Any]:
 async def test_every_number_left_open_is_decided(ready: World) -> None:
     run, report = await ask(ready)
     assert report.kept == 12
-    numbers = {"beta": 0.1, "label_smoothing": 0.0, "length_penalty": 0.0, "rpo_alpha": 0.0}
+    numbers = LOSS_TABLE["sigmoid"].options
     assert run.loss.model_dump() == {"name": "sigmoid", **numbers}
     assert run.batch.model_dump() == {"batch_size": 1, "micro_batch_size": 1, "n_epochs": 3, "max_steps": None}
     assert (run.data.max_length, run.precision, run.reference.mode) == (256, "float32", "cached")

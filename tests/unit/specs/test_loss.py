@@ -25,12 +25,17 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "discopop_tau": (0.1, 0.2),
     "length_penalty": (0.1, 0.2),
     "rpo_alpha": (0.1, 0.2),
+    "wpo": (True, False),
+    "ld_alpha": (0.1, 0.2),
     "length_normalize": (True, False),
     "lam": (0.1, 0.2),
     "gamma_beta_ratio": (0.1, 0.2),
 }
 ROWS = torch.tensor([[-9.0, -7.0], [-8.0, -6.0], [-8.5, -8.0], [-7.0, -6.5]], dtype=torch.float64)
-INPUTS = LossInputs(ROWS[0], torch.tensor([3, 5]), ROWS[1], torch.tensor([7, 2]), ROWS[2], ROWS[3])
+TAILS = torch.tensor([[0.0, -3.0], [-4.0, 0.0]], dtype=torch.float64)
+INPUTS = LossInputs(
+    ROWS[0], torch.tensor([3, 5]), ROWS[1], torch.tensor([7, 2]), ROWS[2], ROWS[3], *TAILS, weight_P=ROWS[0].exp()
+)
 
 
 def job(method: str, hyperparameters: dict[str, Any], **fields: Any) -> JobSpec:
@@ -114,7 +119,7 @@ def test_numbers_that_cannot_work_are_refused_by_name(method, chosen, says):
 
 def test_an_option_that_is_left_to_the_service_is_no_option():
     spec = job("dpo", {"loss": "hinge", "label_smoothing": "auto", "beta": "auto"})
-    assert loss_of(spec).model_dump() == {"name": "hinge", "beta": 0.1, "length_penalty": 0.0, "rpo_alpha": 0.0}
+    assert loss_of(spec).model_dump() == {"name": "hinge", **LOSS_TABLE["hinge"].options}
 
 
 def test_runs_stored_by_the_first_release_are_read():

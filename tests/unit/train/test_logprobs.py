@@ -42,6 +42,34 @@ def test_equals_the_plain_computation(model, examples):
     assert torch.allclose(logps_S, torch.stack(expected).float(), atol=1e-4)
 
 
+@torch.no_grad()
+def test_tails_are_what_lies_past_the_shorter_answer(model, examples):
+    completions = completion_logps(model, collate(examples))
+    whole, rest = completions.logps_S.view(2, -1), completions.tail_S.view(2, -1)
+    for row, example in enumerate(examples):
+        shared = min(len(example.chosen), len(example.rejected))
+        for side, answer in enumerate((example.chosen, example.rejected)):
+            expected = float(plain(model, example.prompt, answer[:shared]))
+            assert float(whole[side, row] - rest[side, row]) == pytest.approx(expected, abs=1e-4)
+    alone = collate([Example(e.prompt, e.chosen) for e in examples])
+    assert completion_logps(model, alone).tail_S.tolist() == [0] * len(examples)
+
+
+@pytest.mark.parametrize("split", [True, False])
+@torch.no_grad()
+def test_alignment_equals_the_plain_computation(model, examples, split):
+    """log p(token) - log sum_v p(v)^2, from the whole distribution in float64."""
+    other = copy.deepcopy(model)
+    other._dpo_split_head = split
+    batch = collate([Example(e.prompt, e.chosen) for e in examples])
+    aligned_S = completion_logps(other, batch, aligned=True, chunk=5).aligned_S
+    for example, found in zip(examples, aligned_S.tolist(), strict=True):
+        ids = torch.tensor([[*example.prompt, *example.chosen]])
+        probs = model(input_ids=ids).logits[0].double().softmax(-1)[len(example.prompt) - 1 : -1]
+        picked = probs[range(len(example.chosen)), example.chosen]
+        assert found == pytest.approx(float((picked / (probs**2).sum(-1)).log().sum()), abs=1e-4)
+
+
 def test_padding_order_and_chunks_do_not_matter(model, examples):
     together = completion_logps(model, collate(examples)).logps_S.view(2, -1)
     backwards = completion_logps(model, collate(examples[::-1]), chunk=3).logps_S.view(2, -1).flip(1)

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dpo_service.specs.loss import LOSS_TABLE, LossSpec
-from dpo_service.train.losses import DIVISOR, LOSSES, LossInputs, log1mexp, rewards, row_losses, sigmoid
+from dpo_service.train.losses import (
+    DIVISOR,
+    LOSSES,
+    LossInputs,
+    log1mexp,
+    pair_weights,
+    rewards,
+    row_losses,
+    sigmoid,
+)
 
 CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED = [-10.0, -3.0], [-20.0, -4.0], [-12.0, -3.0], [-15.0, -9.0]
 N_CHOSEN, N_REJECTED = [4, 2], [5, 8]
+CHOSEN_TAIL, REJECTED_TAIL, WEIGHTS = [0.0, -1.0], [-2.0, 0.0], [0.5, 0.25]
 PAIRED = sorted(set(LOSSES) - {"sft"})
 LOGISTIC = ("sigmoid", "robust", "sigmoid_norm")
 
@@ -28,9 +39,14 @@ def inputs(chosen, rejected, ref_chosen, ref_rejected, *, n_chosen=3, n_rejected
 
 
 def golden():
-    """D_w = 2, 0; D_l = -5, 5; h = 7, -5; per token D_w = .5, 0; D_l = -1, .625; lp_w = -2.5, -1.5; lp_l = -4, -.5."""
+    """D_w = 2, 0; D_l = -5, 5; h = 7, -5; per token D_w = .5, 0; D_l = -1, .625; lp_w = -2.5, -1.5; lp_l = -4, -.5.
+
+    Without the tails D_w = 2, 1; D_l = -3, 5; h = 5, -4.
+    """
     columns = (torch.tensor(column, dtype=torch.float64) for column in (CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED))
-    return inputs(*columns, n_chosen=N_CHOSEN, n_rejected=N_REJECTED)
+    tails = {"chosen_tail_P": CHOSEN_TAIL, "rejected_tail_P": REJECTED_TAIL, "weight_P": WEIGHTS}
+    more = {name: torch.tensor(column, dtype=torch.float64) for name, column in tails.items()}
+    return replace(inputs(*columns, n_chosen=N_CHOSEN, n_rejected=N_REJECTED), **more)
 
 
 def s(x):
@@ -64,6 +80,17 @@ GOLDEN = [
     ("sigmoid", {"beta": 0.2, "label_smoothing": 0.2}, [smoothed(1.4, 0.2), smoothed(-1.0, 0.2)]),
     ("sigmoid", {"length_penalty": 0.05}, [-log_s(0.7 - 0.05), -log_s(-0.5 - 0.3)]),
     ("sigmoid", {"rpo_alpha": 2.0}, [-log_s(0.7) + 5.0, -log_s(-0.5) + 3.0]),
+    ("sigmoid", {"ld_alpha": 0.0}, [-log_s(0.5), -log_s(-0.4)]),
+    ("sigmoid", {"ld_alpha": 0.25, "rpo_alpha": 1.0}, [-log_s(0.55) + 2.5, -log_s(-0.425) + 1.5]),
+    ("sigmoid", {"wpo": True, "rpo_alpha": 2.0}, [(-log_s(0.7) + 5.0) / 2, (-log_s(-0.5) + 3.0) / 4]),
+    (
+        "nca_pair",
+        {"beta": 1.0, "ld_alpha": 0.0},
+        [-log_s(w) - log_s(-w) / 2 - log_s(-x) / 2 for w, x in ((2, -3), (1, 5))],
+    ),
+    ("sppo", {"beta": 0.25, "ld_alpha": 0.0}, [(0 + 1) / 2, (1 + 7**2) / 2]),
+    ("ipo", {"wpo": True}, [3.5**2 / 2, 5.625**2 / 4]),
+    ("simpo", {"wpo": True}, [-log_s(2) / 2, -log_s(-3) / 4]),
     ("robust", {}, [(0.1 * log_s(-h) - 0.9 * log_s(h)) / 0.8 for h in (0.7, -0.5)]),
     ("robust", {"label_smoothing": 0.25}, [(0.25 * log_s(-h) - 0.75 * log_s(h)) / 0.5 for h in (0.7, -0.5)]),
     ("hinge", {}, [0.3, 1.5]),
@@ -155,6 +182,19 @@ def test_a_longer_chosen_answer_pushes_less_under_the_length_penalty():
     assert push(30, 0.0) == push(10, 0.0) == push(10, 0.1)
 
 
+def test_pair_weights():
+    """Answers of 2 and 4 tokens: exp(-1/2 - 2/4); where both together are above 1, 1."""
+    aligned_S, tokens_S = torch.tensor([-1.0, 3.0, -2.0, -1.0], requires_grad=True), torch.tensor([2, 1, 4, 1])
+    weight_P = pair_weights(aligned_S, tokens_S)
+    assert weight_P.tolist() == pytest.approx([math.exp(-1), 1.0])
+    assert not weight_P.requires_grad
+
+
+def test_a_job_with_ld_alpha_says_the_rewards_it_trains_on():
+    chosen_P, rejected_P = rewards(golden(), LossSpec(name="sigmoid", beta=1.0, ld_alpha=0.0))
+    assert (chosen_P.tolist(), rejected_P.tolist()) == ([2.0, 1.0], [-3.0, 5.0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", PAIRED)
 def test_extreme_log_probabilities_stay_finite(name, dtype):
@@ -190,6 +230,7 @@ GRADIENTS = [(name, {}) for name in PAIRED] + [
     ("discopop", {"beta": 1.0, "discopop_tau": 0.5}),
     ("sppo", {"beta": 0.5}),
     ("simpo", {"rpo_alpha": 1.0}),
+    ("sigmoid", {"ld_alpha": 0.3, "wpo": True, "rpo_alpha": 0.5}),
 ]
 
 
@@ -200,7 +241,13 @@ def test_gradient(name, numbers):
         (-5 - torch.rand(6, dtype=torch.float64, generator=generator) * 9).requires_grad_(n < 2) for n in range(4)
     ]
     tokens = {"n_chosen": [1, 2, 3, 4, 5, 9], "n_rejected": [4, 2, 8, 1, 3, 5]}
-    assert torch.autograd.gradcheck(lambda w, x: row_losses(inputs(w, x, *columns[2:], **tokens), spec), columns[:2])
+
+    def loss(chosen_P, rejected_P):
+        made = inputs(chosen_P, rejected_P, *columns[2:], **tokens)
+        tails = {"chosen_tail_P": chosen_P / 3, "rejected_tail_P": rejected_P / 4}
+        return row_losses(replace(made, **tails, weight_P=torch.linspace(0, 1, 6, dtype=torch.float64)), spec)
+
+    assert torch.autograd.gradcheck(loss, columns[:2])
 
 
 def test_gradient_of_sft():

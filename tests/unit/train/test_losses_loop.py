@@ -53,6 +53,8 @@ def test_every_loss_is_the_same_however_a_step_is_cut(tmp_path, model_dir, loss)
         ("sigmoid", {"rpo_alpha": 1.0}),
         ("sigmoid", {"length_penalty": 0.1}),
         ("ipo", {"length_normalize": False}),
+        ("hinge", {"ld_alpha": 0.2}),
+        ("nca_pair", {"wpo": True}),
     ],
 )
 def test_an_option_changes_what_is_trained(tmp_path, model_dir, loss, options):
@@ -60,6 +62,28 @@ def test_an_option_changes_what_is_trained(tmp_path, model_dir, loss, options):
     make_job(tmp_path / "a", model_dir, loss=loss, steps=3).train(reports=plain)
     make_job(tmp_path / "b", model_dir, loss=loss, steps=3, loss_options=options).train(reports=changed)
     assert plain.values["eval", 3]["rewards/margins"] != changed.values["eval", 3]["rewards/margins"]
+
+
+@pytest.mark.parametrize("options", [{"ld_alpha": 0.3}, {"wpo": True, "ld_alpha": 0.0}], ids=str)
+def test_weights_of_tokens_and_pairs_hold_however_a_step_is_cut_and_for_every_reference(tmp_path, model_dir, options):
+    recorded = {}
+    for reference, size in (("cached", 8), ("cached", 3), ("live", 8)):
+        kept = recorded[reference, size] = Recorder()
+        job = make_job(
+            tmp_path / f"{reference}{size}",
+            model_dir,
+            reference=reference,
+            steps=2,
+            micro_batch_size=size,
+            loss_options=options,
+        )
+        job.train(reports=kept)
+        assert kept.values["eval", 0]["rewards/chosen"] == pytest.approx(0, abs=1e-5), (
+            "the reference has the same tails"
+        )
+    first, *others = [kept.losses() for kept in recorded.values()]
+    for other in others:
+        assert other == pytest.approx(first, rel=1e-4)
 
 
 def test_every_method_has_an_example():

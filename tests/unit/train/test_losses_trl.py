@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpo_service.specs.loss import LossSpec
-from dpo_service.train.losses import LossInputs, row_losses
+from dpo_service.train.losses import LossInputs, pair_weights, row_losses
 
 PAIRS, LENGTH = 16, 12
 CASES = [
@@ -24,6 +24,10 @@ CASES = [
     ("apo_down", "apo_down", {"beta": 0.3}),
     ("discopop", "discopop", {"beta": 0.3, "discopop_tau": 0.05}),
     ("sppo", "sppo_hard", {"beta": 0.3}),
+    ("sigmoid", "sigmoid", {"beta": 0.3, "ld_alpha": 0.4}),
+    ("apo_zero", "apo_zero", {"beta": 0.3, "ld_alpha": 0.0}),
+    ("sigmoid", "sigmoid", {"beta": 0.3, "wpo": True}),
+    ("ipo", "ipo", {"beta": 0.3, "wpo": True}),
 ]
 
 
@@ -40,6 +44,7 @@ class Batch:
         self.tokens_S = torch.randint(1, LENGTH + 1, (2 * PAIRS,), generator=generator)
         self.mask_SL = torch.arange(LENGTH) < self.tokens_S[:, None]
         self.logps_SL = -torch.rand(2 * PAIRS, LENGTH, generator=generator) * 3 * self.mask_SL
+        self.squares_SL = -torch.rand(2 * PAIRS, LENGTH, generator=generator) * self.mask_SL
         self.reference_S = self.logps_S + torch.randn(2 * PAIRS, generator=generator) * 4
 
     @property
@@ -48,7 +53,18 @@ class Batch:
 
     def ours(self) -> LossInputs:
         (chosen, rejected), (n_chosen, n_rejected) = self.logps_S.chunk(2), self.tokens_S.chunk(2)
-        return LossInputs(chosen, n_chosen, rejected, n_rejected, *self.reference_S.chunk(2))
+        shared_S = torch.minimum(n_chosen, n_rejected).repeat(2)
+        tails_S = (self.logps_SL * (torch.arange(LENGTH) >= shared_S[:, None])).sum(dim=1)
+        aligned_S = self.logps_S - self.squares_SL.sum(dim=1)
+        return LossInputs(
+            chosen,
+            n_chosen,
+            rejected,
+            n_rejected,
+            *self.reference_S.chunk(2),
+            *tails_S.chunk(2),
+            weight_P=pair_weights(aligned_S, self.tokens_S),
+        )
 
     def theirs(self) -> dict[str, torch.Tensor]:
         completion_SL = torch.cat([torch.zeros(2 * PAIRS, 1), self.mask_SL], dim=1).long()
@@ -73,7 +89,11 @@ class Model:
     def __call__(self, **_: object) -> SimpleNamespace:
         zeros_SL = torch.zeros_like(self._batch.logps_SL)
         return SimpleNamespace(
-            log_probs=self._batch.logps_SL, entropy=zeros_SL, mean_logits=zeros_SL, is_top1=zeros_SL.bool()
+            log_probs=self._batch.logps_SL,
+            log_sum_sq_probs=self._batch.squares_SL,
+            entropy=zeros_SL,
+            mean_logits=zeros_SL,
+            is_top1=zeros_SL.bool(),
         )
 
 
@@ -93,8 +113,8 @@ def trl_loss(batch: Batch, loss_type: str, spec: LossSpec) -> float:
         label_smoothing=spec.label_smoothing,
         f_divergence_type="reverse_kl",
         precompute_ref_logps=True,
-        ld_alpha=None,
-        use_weighting=False,
+        ld_alpha=None if spec.ld_alpha == 1 else spec.ld_alpha,
+        use_weighting=spec.wpo,
         aux_loss_enabled=False,
         _metrics={"train": defaultdict(list)},
         _total_train_tokens=0,
@@ -103,7 +123,7 @@ def trl_loss(batch: Batch, loss_type: str, spec: LossSpec) -> float:
     return float(DPOTrainer._compute_loss(trainer, model, batch.theirs(), False))
 
 
-@pytest.mark.parametrize(("name", "loss_type", "numbers"), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(("name", "loss_type", "numbers"), CASES, ids=str)
 def test_equals_trl(name, loss_type, numbers):
     spec = LossSpec(name=name, **numbers)
     for seed in range(5):

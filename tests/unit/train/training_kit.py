@@ -128,7 +128,7 @@ def make_job(
         tables["validation"] = as_table(random_rows(validation, paired=paired, seed=1))
     base = digest_of(model_dir)
     if referenced and reference == "cached":
-        scorer = ReferenceScorer(str(model_dir), "float32", 8)
+        scorer = ReferenceScorer(str(model_dir), "float32", 8, options.get("ld_alpha", 1.0))
         tables = {name: scorer(table) for name, table in tables.items()}
     splits = {name: _split(store, name, table) for name, table in tables.items()}
     dataset = DatasetManifest(
