@@ -144,7 +144,7 @@ def train_ours(setting: Setting, columns: Columns, turns: Turns) -> list[float]:
     for step in range(setting.steps):
         turns.wait()
         batch = collate(rows.take(range(step * setting.batch, (step + 1) * setting.batch)))
-        losses.append(train_step(state, step, [batch], float(setting.batch)).sums["loss"] / setting.batch)
+        losses.append(float(train_step(state, step, [batch], float(setting.batch)).sums["loss"]) / setting.batch)
     turns.wait(last=True)
     return losses
 

@@ -58,7 +58,9 @@ class MicroBatch:
     @property
     def lengths_S(self) -> Tensor:
         """Completion tokens of each sequence."""
-        return torch.bincount(self.owner_C, minlength=self.sequences)
+        # Not bincount: it would wait for the device.
+        counts_S = torch.zeros(self.sequences, dtype=torch.int64, device=self.owner_C.device)
+        return counts_S.index_add_(0, self.owner_C, torch.ones_like(self.owner_C))
 
     def to(self, device: torch.device) -> MicroBatch:
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}

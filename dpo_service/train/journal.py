@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
+
 from dpo_service.clock import monotonic
 from dpo_service.specs.run import RunSpec
 from dpo_service.train import metrics
@@ -27,14 +29,22 @@ class Journal:
     """Gathers the sums of steps until they are told. Every rank keeps one; only rank 0's has `reports`."""
 
     def __init__(
-        self, run: RunSpec, reports: Reports | None, *, paired: bool, steps_per_epoch: int, total_steps: int
+        self,
+        run: RunSpec,
+        reports: Reports | None,
+        *,
+        paired: bool,
+        steps_per_epoch: int,
+        total_steps: int,
+        device: torch.device,
     ) -> None:
         self._run, self._reports, self._paired = run, reports, paired
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
-        self._window = metrics.empty(paired)
+        self._device = device
+        self._window = metrics.empty(paired, device)
         self._since = monotonic()
-        self.tokens = 0
-        """Trained on since the run began."""
+        self._told_tokens = 0
+        """Trained on since the run began, those of the window left out."""
         self.latest: dict[str, float] = {}
         """The newest value of every metric; those of the validation split carry the prefix `eval_`."""
 
@@ -42,21 +52,26 @@ class Journal:
         if self._reports is not None:
             self._reports.message(text)
 
+    @property
+    def tokens(self) -> int:
+        """Trained on since the run began. Waits for the device."""
+        return self._told_tokens + int(self._window["tokens"])
+
     def add(self, result: StepResult) -> None:
-        self.tokens += int(result.sums["tokens"])
-        metrics.add(self._window, result.sums)
+        self._window.merge(result.sums)
 
     def tell(self, step: int, result: StepResult) -> None:
         """The window up to `step`, and begin a new one."""
-        now = monotonic()
-        values = metrics.means(self._window, self._run.loss.name) | {
-            "grad_norm": result.grad_norm,
+        sums, now = self._window.read(), monotonic()
+        self._told_tokens += int(sums["tokens"])
+        values = metrics.means(sums, self._run.loss.name) | {
+            "grad_norm": float(result.grad_norm),
             "learning_rate": result.learning_rate,
-            "num_tokens": float(self.tokens),
+            "num_tokens": float(self._told_tokens),
             "epoch": step / self._steps_per_epoch,
-            **metrics.rates(self._window, now - self._since),
+            **metrics.rates(sums, now - self._since),
         }
-        self._window, self._since = metrics.empty(self._paired), now
+        self._window, self._since = metrics.empty(self._paired, self._device), now
         self.latest |= values
         if self._reports is not None:
             text = metrics.sentence(step, self._total_steps, "training", values)
@@ -80,7 +95,9 @@ class Journal:
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        return {"num_tokens": self.tokens, "window": self._window}
+        return {"num_tokens": self.tokens, "window": self._window.read()}
 
     def resume(self, counters: dict[str, Any], latest: dict[str, float]) -> None:
-        self.tokens, self._window, self.latest = int(counters["num_tokens"]), dict(counters["window"]), dict(latest)
+        self._window.add(counters["window"])
+        self._told_tokens = int(counters["num_tokens"]) - int(counters["window"]["tokens"])
+        self.latest = dict(latest)

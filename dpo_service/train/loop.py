@@ -98,7 +98,12 @@ class _Training:
         self._state = build_state(run, model_dir, checkpoint, ranks, plan.total_steps)
         self._paired = self._feed.rows.paired
         self._journal = Journal(
-            run, reports, paired=self._paired, steps_per_epoch=plan.steps_per_epoch, total_steps=plan.total_steps
+            run,
+            reports,
+            paired=self._paired,
+            steps_per_epoch=plan.steps_per_epoch,
+            total_steps=plan.total_steps,
+            device=ranks.device,
         )
         self._saver = Saver(self._state, store, model_dir, base_digest, reports, checkpoint)
         self._step = 0
@@ -151,21 +156,24 @@ class _Training:
         self._step += 1
         self._journal.add(result)
         if self._due(self._run.logging_steps):
+            self._state.guard.check()
             self._journal.tell(self._step, result)
 
     def _evaluate(self) -> None:
         """Over the whole validation split."""
         if self._feed.validation is None:
             return
+        self._state.guard.check()
         with self._journal.not_training():
             started = monotonic()
-            sums = metrics.empty(self._paired)
+            sums = metrics.empty(self._paired, self._ranks.device)
             for batch in self._feed.validation_batches():
-                metrics.add(sums, evaluate_batch(self._state, batch))
-            sums = metrics.reduce(sums, self._ranks)
-            self._journal.tell_validation(self._step, sums, monotonic() - started)
+                sums.add(evaluate_batch(self._state, batch))
+            self._ranks.sum_tensor(sums.values_N)
+            self._journal.tell_validation(self._step, sums.read(), monotonic() - started)
 
     def _save(self) -> None:
+        self._state.guard.check()
         counters = {"dataset_digest": self._dataset.train.digest, **self._journal.counters()}
         with self._journal.not_training():
             self._saver.save(self._step, self._plan.epoch(self._step), self._journal.latest, counters)

@@ -1,68 +1,92 @@
 """What a step and an evaluation say, under TRL's names.
 
 Everything is kept as sums that add over micro-batches, ranks and steps, and divided once at the end; so a mean over
-two ranks is the mean over all rows, whatever share each rank had.
+two ranks is the mean over all rows, whatever share each rank had. The sums stay on the device, in one tensor, until
+somebody is told them: adding to them waits for nothing.
+
+Shapes: P pairs or answers, N sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from dpo_service.specs.loss import LossSpec
 from dpo_service.train.batch import MicroBatch
 from dpo_service.train.logprobs import Completions
 from dpo_service.train.losses import DIVISOR, LossInputs, rewards
-from dpo_service.train.ranks import Ranks
 
 _COMMON = ("loss", "rows", "answer_tokens", "tokens", "truncated")
 _PAIRED = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")
 _ANSWERS = ("correct",)
 
 
-def empty(paired: bool) -> dict[str, float]:
-    return dict.fromkeys((*_COMMON, *(_PAIRED if paired else _ANSWERS)), 0.0)
+class Sums:
+    """Sums by name, float64 on `device`."""
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.names = tuple(names)
+        self.values_N = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """Those of one micro-batch: scalars on the device, or numbers the host knows. Every name, in any order."""
+        assert values.keys() == set(self.names), values.keys() ^ set(self.names)
+        self.values_N += torch.stack([self._scalar(values[name]) for name in self.names])
+
+    def merge(self, other: Sums) -> None:
+        assert other.names == self.names
+        self.values_N += other.values_N
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A scalar on the device."""
+        return self.values_N[self.names.index(name)]
+
+    def read(self) -> dict[str, float]:
+        """Waits for the device."""
+        return dict(zip(self.names, self.values_N.tolist(), strict=True))
+
+    def _scalar(self, value: Tensor | float) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.detach().to(torch.float64)
+        return torch.full((), value, dtype=torch.float64, device=self.values_N.device)
 
 
-def add(total: dict[str, float], more: Mapping[str, float]) -> None:
-    for name, value in more.items():
-        total[name] += value
+def empty(paired: bool, device: torch.device) -> Sums:
+    return Sums((*_COMMON, *(_PAIRED if paired else _ANSWERS)), device)
 
 
-def reduce(sums: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
-    """The same sums over all ranks; every rank must hold the same names in the same order."""
-    return dict(zip(sums, ranks.sum(list(sums.values())), strict=True))
-
-
+@torch.no_grad()
 def of_batch(
     batch: MicroBatch, completions: Completions, inputs: LossInputs, loss_P: Tensor, spec: LossSpec
-) -> dict[str, float]:
+) -> dict[str, Tensor | float]:
     """The sums of one micro-batch on one rank."""
-    sums = {
-        "loss": float(loss_P.detach().sum()),
-        "rows": float(batch.rows),
-        "answer_tokens": float(inputs.chosen_tokens_P.sum()),
-        "tokens": float(batch.tokens),
-        "truncated": float(batch.truncated),
+    sums: dict[str, Tensor | float] = {
+        "loss": loss_P.sum(),
+        "rows": batch.rows,
+        "answer_tokens": inputs.chosen_tokens_P.sum(),
+        "tokens": batch.tokens,
+        "truncated": batch.truncated,
     }
     if not batch.paired:
-        return {**sums, "correct": float(completions.correct_S.sum())}
+        return {**sums, "correct": completions.correct_S.sum()}
     return {**sums, **_of_pairs(inputs, spec)}
 
 
-def _of_pairs(inputs: LossInputs, spec: LossSpec) -> dict[str, float]:
+def _of_pairs(inputs: LossInputs, spec: LossSpec) -> dict[str, Tensor]:
     """Accuracy: margin of the implicit rewards > 0; an exact tie, as before the first step, counts one half (TRL counts
     it 0), so that an untrained policy scores one half and not nothing."""
     chosen_P, rejected_P = rewards(inputs, spec)
     wins_P = (chosen_P > rejected_P).float() + 0.5 * (chosen_P == rejected_P).float()
     assert inputs.rejected_P is not None
     return {
-        "rewards/chosen": float(chosen_P.sum()),
-        "rewards/rejected": float(rejected_P.sum()),
-        "rewards/accuracies": float(wins_P.sum()),
-        "logps/chosen": float(inputs.chosen_P.detach().sum()),
-        "logps/rejected": float(inputs.rejected_P.detach().sum()),
+        "rewards/chosen": chosen_P.sum(),
+        "rewards/rejected": rejected_P.sum(),
+        "rewards/accuracies": wins_P.sum(),
+        "logps/chosen": inputs.chosen_P.sum(),
+        "logps/rejected": inputs.rejected_P.sum(),
     }
 
 

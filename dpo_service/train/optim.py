@@ -9,7 +9,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from dpo_service.errors import NonFiniteLoss
 from dpo_service.specs.optim import LrSchedule, OptimSpec
 
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -22,7 +21,8 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.AdamW:
     """AdamW over what is trained; biases and norms are not decayed.
 
-    On the CPU it is torch's fused one: one pass over memory where the other makes a dozen, 5 times as fast.
+    It is torch's fused one: one pass over memory where the other makes a dozen (on the CPU 5 times as fast), and on a
+    GPU it can skip a step without asking the host.
     """
     in_norms = {
         f"{path}.{name}"
@@ -41,7 +41,7 @@ def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.AdamW:
         lr=spec.learning_rate,
         betas=spec.betas,
         eps=spec.eps,
-        fused=True if all(parameter.device.type == "cpu" for parameter in (*decayed, *free)) else None,
+        fused=True if all(parameter.device.type in ("cpu", "cuda") for parameter in (*decayed, *free)) else None,
     )
 
 
@@ -65,26 +65,12 @@ def _factor(schedule: LrSchedule, step: int, warmup: int, total: int) -> float:
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, *, step: int) -> float:
-    """Scale the gradients so that their global norm is at most `max_norm`; returns the norm before.
-
-    Raises:
-        NonFiniteLoss: the norm is infinite or not a number; nothing was changed.
-    """
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients so that their global norm is at most `max_norm`; returns the norm before, a scalar."""
     trained = list(parameters)
     norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
-    require_finite(norm, "gradient norm", step)
     nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
-    return float(norm)
-
-
-def require_finite(value: Tensor | float, what: str, step: int) -> None:
-    """Raises NonFiniteLoss, before the optimizer moves. `step` counts from 1, as in reports."""
-    if not math.isfinite(float(value)):
-        raise NonFiniteLoss(
-            f"step {step}: the {what} is {float(value)}; the weights are as after step {step - 1}. "
-            "Lower learning_rate, or train with precision float32"
-        )
+    return norm
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

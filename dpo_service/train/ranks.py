@@ -10,12 +10,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""torch.distributed's backend by the type of device computed on."""
 BUCKET_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """`rank` of `world` processes, computing on `device`. With world > 1 torch.distributed is initialised."""
+    """`rank` of `world` processes, computing on `device`.
+
+    With world > 1 torch.distributed is initialised, with gloo for the CPU beside what `device` needs (`BACKENDS`).
+    """
 
     rank: int = 0
     world: int = 1
@@ -26,12 +31,17 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: list[float]) -> list[float]:
-        """Element-wise sum over ranks, in float64."""
+        """Element-wise sum over ranks, in float64. Between the hosts (gloo): no device is waited for."""
         if self.world == 1:
             return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return [float(value) for value in total.tolist()]
+
+    def sum_tensor(self, tensor: Tensor) -> None:
+        """Element-wise sum over ranks, in place, where the tensor lies."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum gradients over ranks in place, float32, in buckets.

@@ -29,7 +29,7 @@ from dpo_service.storage import paths
 from dpo_service.storage.store import Store
 from dpo_service.telemetry import log
 from dpo_service.train.loop import TrainOutcome, train
-from dpo_service.train.ranks import Ranks
+from dpo_service.train.ranks import BACKENDS, Ranks
 from dpo_service.train.tracking import Tracked
 
 MAX_WORKER_FAILURES = 3
@@ -103,7 +103,7 @@ def _run_workers(config: WorkerConfig, resources: ResourceSpec) -> None:
     trainer = TorchTrainer(
         work,
         train_loop_config={"config": config.model_dump_json()},
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        torch_config=TorchConfig(backend=BACKENDS["cuda" if on_gpu else "cpu"]),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=on_gpu,

@@ -1,7 +1,9 @@
 """One training step: micro-batches in, weights moved, sums out.
 
     for each micro-batch of this rank:  forward -> loss / (rows of the WHOLE step) -> backward
-    sums over ranks -> finite? -> gradients summed over ranks -> finite? -> clip -> AdamW
+    sums and gradients summed over ranks -> clip -> loss and norm finite? -> AdamW
+
+Nothing in it waits for the device, where the optimizer can skip a step on it (`guard`).
 
 Shapes: P pairs, S sequences (2P, chosen first).
 """
@@ -9,7 +11,7 @@ Shapes: P pairs, S sequences (2P, chosen first).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,9 +20,10 @@ from torch import Tensor
 from dpo_service.specs.run import RunSpec
 from dpo_service.train import metrics
 from dpo_service.train.batch import MicroBatch
+from dpo_service.train.guard import Guard
 from dpo_service.train.logprobs import Completions, completion_logps
 from dpo_service.train.losses import LossInputs, pair_weights, row_losses
-from dpo_service.train.optim import clip_gradients, learning_rate, require_finite, trained_parameters
+from dpo_service.train.optim import clip_gradients, learning_rate, trained_parameters
 from dpo_service.train.policy import adapter_dropout, autocast, base_of
 from dpo_service.train.ranks import Ranks
 from dpo_service.train.reference import Reference
@@ -37,13 +40,18 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ranks: Ranks
     total_steps: int
+    guard: Guard = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.optimizer, self.ranks.device)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    sums: dict[str, float]
-    """metrics sums over all ranks"""
-    grad_norm: float
+    sums: metrics.Sums
+    """over all ranks"""
+    grad_norm: Tensor
+    """before clipping; a scalar on the device"""
     learning_rate: float
 
 
@@ -51,18 +59,18 @@ def train_step(state: TrainState, step: int, batches: Sequence[MicroBatch], divi
     """Step number `step`, from 0, on this rank's `batches` (may be none); `divisor` is that of the step over all ranks.
 
     Raises:
-        NonFiniteLoss: on every rank, before any weight moved.
+        NonFiniteLoss: on every rank, before any weight moved; or at the next `guard.check()` (see there).
     """
     paired = state.run.loss.name != "sft"
-    sums = metrics.empty(paired)
+    sums = metrics.empty(paired, state.ranks.device)
     with adapter_dropout(state.policy, _seed(state.run.seed, step, state.ranks.rank)):
         for batch in batches:
-            metrics.add(sums, _accumulate(state, batch.to(state.ranks.device), divisor))
-    sums = metrics.reduce(sums, state.ranks)
-    require_finite(sums["loss"], "loss", step + 1)
+            sums.add(_accumulate(state, batch.to(state.ranks.device), divisor))
+    state.ranks.sum_tensor(sums.values_N)
     parameters = list(trained_parameters(state.policy).values())
     state.ranks.sum_gradients(parameters)
-    norm = clip_gradients(parameters, state.run.optim.max_grad_norm, step=step + 1)
+    norm = clip_gradients(parameters, state.run.optim.max_grad_norm)
+    state.guard.watch(step + 1, sums["loss"], norm)
     rate = learning_rate(state.run.optim, step, state.total_steps)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
@@ -72,18 +80,18 @@ def train_step(state: TrainState, step: int, batches: Sequence[MicroBatch], divi
 
 
 @torch.no_grad()
-def evaluate_batch(state: TrainState, batch: MicroBatch) -> dict[str, float]:
+def evaluate_batch(state: TrainState, batch: MicroBatch) -> dict[str, Tensor | float]:
     """The sums of one micro-batch of the validation split on this rank."""
     return _forward(state, batch.to(state.ranks.device))[1]
 
 
-def _accumulate(state: TrainState, batch: MicroBatch, divisor: float) -> dict[str, float]:
+def _accumulate(state: TrainState, batch: MicroBatch, divisor: float) -> dict[str, Tensor | float]:
     loss_P, sums = _forward(state, batch)
     (loss_P.sum() / divisor).backward()  # type: ignore[no-untyped-call]
     return sums
 
 
-def _forward(state: TrainState, batch: MicroBatch) -> tuple[Tensor, dict[str, float]]:
+def _forward(state: TrainState, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
     with autocast(state.ranks.device, state.run.precision):
         completions = completion_logps(base_of(state.policy), batch, aligned=state.run.loss.wpo)
     inputs = loss_inputs(batch, completions, state.reference(batch))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from dpo_service.errors import NonFiniteLoss
 from dpo_service.specs.optim import OptimSpec
 from dpo_service.train.optim import (
     build_optimizer,
@@ -65,22 +64,9 @@ def test_clipping_equals_torch():
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         mine.grad = torch.randn_like(mine)
         other.grad = mine.grad.clone()
-    norm = clip_gradients(ours.parameters(), 0.5, step=1)
-    assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)))
+    norm = clip_gradients(ours.parameters(), 0.5)
+    assert float(norm) == pytest.approx(float(nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)))
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_gradient_names_the_step_and_changes_nothing(value):
-    net = Net()
-    for parameter in net.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    net.proj.bias.grad[0] = value
-    before = [parameter.grad.clone() for parameter in net.parameters()]
-    with pytest.raises(NonFiniteLoss, match="step 7: the gradient norm is"):
-        clip_gradients(net.parameters(), 1.0, step=7)
-    pairs = zip(net.parameters(), before, strict=True)
-    assert all(torch.equal(parameter.grad, gradient) or value != value for parameter, gradient in pairs)
 
 
 def test_optimizer_state_goes_to_tensors_and_back():
