@@ -12,6 +12,7 @@
     │   └── StorageFull                 413     storage_full         the disk has no room for it
     ├── Unavailable                     503     unavailable          right request, wrong moment (carries `retry_after`)
     ├── ClusterError                    502     cluster_error        Ray refused or failed a request
+    ├── StopAsked                       500     stop_asked           an attempt ends because it was asked to
     └── TrainingError                   500     training_failed      a stage failed (carries `retryable`)
         ├── NonFiniteLoss               500     non_finite_loss      never retried
         └── CheckpointError             500     checkpoint_invalid   a digest does not match, a file is missing
@@ -106,6 +107,12 @@ class Unavailable(DpoServiceError):
 class ClusterError(DpoServiceError):
     status = 502
     code = "cluster_error"
+
+
+class StopAsked(DpoServiceError):
+    """Unwinds a stage that was asked to stop. It ends in the runner, which notes the attempt as stopped."""
+
+    code = "stop_asked"
 
 
 class TrainingError(DpoServiceError):

@@ -4,8 +4,9 @@
                      (digest)  (dataset.json)  (checkpoints/)
 
 Each stage leaves a manifest and finds the one of an earlier attempt, so another attempt goes on where the last one
-ended. `result.json` is the last thing written: without it the attempt has died. A SIGTERM becomes the stop flag, which
-training polls between steps: it saves, and the attempt ends as cancelled.
+ended. `result.json` is the last thing written: without it the attempt has died. A SIGTERM becomes the stop flag. It
+is looked for before each stage, by the data stage between two pieces of work, and by training between two steps, which
+then saves. The attempt ends as stopped, which makes the job paused or cancelled, as its user has asked.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from dpo_service.errors import CheckpointError, DpoServiceError, NotFound, UserError
+from dpo_service.errors import CheckpointError, DpoServiceError, NotFound, StopAsked, UserError
 from dpo_service.manifests.checkpoint import RunResult
 from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.reports import Reporter
@@ -76,6 +77,9 @@ def _guarded(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
     """Run the stages; every way they can end becomes a result."""
     try:
         return _stages(store, spec, reporter)
+    except StopAsked as asked:
+        logger.info("%s", asked.message)
+        return RunResult(job_id=spec.run.job_id, attempt=spec.attempt, status="stopped")
     except DpoServiceError as error:
         logger.exception("attempt failed")
         retryable = not isinstance(error, UserError) and getattr(error, "retryable", True)
@@ -87,6 +91,7 @@ def _guarded(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
 
 
 def _stages(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
+    _leave_if_asked(store, spec)
     import ray
 
     # Late: torch and Ray take seconds to import, and a failure to import them is the attempt's, not the process's.
@@ -100,15 +105,14 @@ def _stages(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
     _require_same_base(store, run, digest)
     if run.reference.mode != "none":
         reporter.reference(0, digest)
-    dataset = _prepare(store, run, model_dir, digest, reporter)
-    if store.exists(paths.stop_flag(run.job_id, spec.attempt)):
-        return RunResult(job_id=run.job_id, attempt=spec.attempt, status="cancelled")
+    dataset = _prepare(store, spec, model_dir, digest, reporter)
+    _leave_if_asked(store, spec)
     _tell_of_waiting(run.resources, reporter)
     outcome = fit(store, spec, dataset, model_dir, digest)
     return RunResult(
         job_id=run.job_id,
         attempt=spec.attempt,
-        status="cancelled" if outcome.stopped else "succeeded",
+        status="stopped" if outcome.stopped else "succeeded",
         checkpoint=outcome.checkpoint,
         checkpoint_digest=outcome.digest,
         model_id=run.output_model,
@@ -137,10 +141,21 @@ def missing(resources: ResourceSpec, free: Mapping[str, float]) -> list[str]:
     return [f"{n} {kind}s ({free.get(kind, 0):g} free)" for kind, n in needed.items() if n > free.get(kind, 0)]
 
 
-def _prepare(store: Store, run: RunSpec, model_dir: Path, digest: str, reporter: Reporter) -> DatasetManifest:
+def _leave_if_asked(store: Store, spec: AttemptSpec) -> None:
+    """Raises StopAsked."""
+    if _stop_asked(store, spec):
+        raise StopAsked("asked to stop between two stages")
+
+
+def _stop_asked(store: Store, spec: AttemptSpec) -> bool:
+    return store.exists(paths.stop_flag(spec.run.job_id, spec.attempt))
+
+
+def _prepare(store: Store, spec: AttemptSpec, model_dir: Path, digest: str, reporter: Reporter) -> DatasetManifest:
     from dpo_service.data.pipeline import prepare
     from dpo_service.train.reference import ReferenceScorer
 
+    run = spec.run
     cached = run.reference.mode == "cached"
     scorer = partial(ReferenceScorer, str(model_dir), run.precision, run.batch.micro_batch_size, run.loss.ld_alpha)
     return prepare(
@@ -154,6 +169,7 @@ def _prepare(store: Store, run: RunSpec, model_dir: Path, digest: str, reporter:
         reference_digest=digest if cached else None,
         scored_as={"precision": run.precision, "ld_alpha": run.loss.ld_alpha},
         resources=run.resources,
+        stop=partial(_stop_asked, store, spec),
     )
 
 

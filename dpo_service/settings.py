@@ -38,8 +38,8 @@ class Settings(BaseSettings):
     lease_s: float = 30.0
     max_attempts: int = 3
     max_running_jobs: int = 4
-    cancel_grace_s: float = 60.0
-    """A cancelled job has so long to save and end by itself before it is ended by force."""
+    stop_grace_s: float = 60.0
+    """A cancelled or paused job has so long to save and end by itself before it is ended by force."""
 
     @model_validator(mode="after")
     def _keys_off_loopback(self) -> Self:

@@ -1,4 +1,4 @@
-"""`dpo submit`, `jobs`, `watch`, `logs` and `cancel`."""
+"""`dpo submit`, `jobs`, `watch`, `logs`, `pause`, `resume` and `cancel`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ def register(app: typer.Typer) -> None:
     app.command("jobs")(jobs)
     app.command("watch")(watch)
     app.command("logs")(logs)
+    app.command("pause")(pause)
+    app.command("resume")(resume)
     app.command("cancel")(cancel)
 
 
@@ -97,7 +99,7 @@ def jobs(
     """List the jobs, newest first."""
     from rich.markup import escape
 
-    from dpo_service.cli.output import moment, out, print_json, status, table
+    from dpo_service.cli.output import job_status, moment, out, print_json, status, table
 
     page = connect(url, api_key, data_dir).get("/v1/fine_tuning/jobs", limit=limit)
     if as_json:
@@ -107,7 +109,7 @@ def jobs(
     rows = [
         (
             str(job["id"]),
-            status(str(job["status"])),
+            status(job_status(job)),
             str((job.get("method") or {}).get("type", "")),
             escape(str(job["model"])),
             escape(str(job.get("fine_tuned_model") or "")),
@@ -159,14 +161,32 @@ def logs(
         sys.stdout.write(text if not text or text.endswith("\n") else text + "\n")
 
 
+def pause(
+    job_id: JobId, url: Url = None, api_key: ApiKey = None, data_dir: DataDir = None, as_json: AsJson = False
+) -> None:
+    """Pause a job: a running one saves a checkpoint and gives its workers back."""
+    _wish(connect(url, api_key, data_dir), job_id, "pause", as_json=as_json)
+
+
+def resume(
+    job_id: JobId, url: Url = None, api_key: ApiKey = None, data_dir: DataDir = None, as_json: AsJson = False
+) -> None:
+    """Resume a paused job at the step it was paused at."""
+    _wish(connect(url, api_key, data_dir), job_id, "resume", as_json=as_json)
+
+
 def cancel(
     job_id: JobId, url: Url = None, api_key: ApiKey = None, data_dir: DataDir = None, as_json: AsJson = False
 ) -> None:
     """Cancel a job. A running one saves a checkpoint first."""
-    from dpo_service.cli.output import out, print_json, status
+    _wish(connect(url, api_key, data_dir), job_id, "cancel", as_json=as_json)
 
-    job = connect(url, api_key, data_dir).post(f"{job_path(job_id)}/cancel")
+
+def _wish(service: Service, job_id: str, verb: str, *, as_json: bool) -> None:
+    from dpo_service.cli.output import job_status, out, print_json, status
+
+    job = service.post(f"{job_path(job_id)}/{verb}")
     if as_json:
         print_json(job)
     else:
-        out.print(f"Job {job_id} is asked to end; it is {status(str(job['status']))}.", soft_wrap=True)
+        out.print(f"Job {job_id} is asked to {verb}; it is {status(job_status(job))}.", soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -24,10 +24,14 @@ STYLES = {
     "validating_files": "yellow",
     "failed": "red",
     "cancelled": "magenta",
+    "pausing": "yellow",
+    "paused": "yellow",
+    "cancelling": "magenta",
     "pending": "yellow",
     "starting": "yellow",
     "deleting": "magenta",
 }
+FINER = ("pausing", "paused", "cancelling")
 
 
 def print_json(value: Any) -> None:
@@ -49,6 +53,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str |
 def status(text: str) -> str:
     style = STYLES.get(text)
     return f"[{style}]{escape(text)}[/{style}]" if style else escape(text)
+
+
+def job_status(job: Mapping[str, Any]) -> str:
+    """The job's status; our own finer word where OpenAI's list has none."""
+    state = str(job.get("state", ""))
+    return state if state in FINER else str(job["status"])
 
 
 def moment(seconds: float | None) -> str:

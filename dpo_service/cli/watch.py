@@ -23,7 +23,7 @@ from rich.text import Text
 
 from dpo_service.cli.client import TERMINAL, Json, Service, job_path
 from dpo_service.cli.exits import CliError, ExitCode, Refused
-from dpo_service.cli.output import duration, err, print_json, status
+from dpo_service.cli.output import duration, err, job_status, print_json, status
 
 POLL_S = 1.0
 LOOK_S = 2.0
@@ -60,7 +60,7 @@ class Progress:
 
     def see(self, job: Json) -> None:
         """Learn from the job itself."""
-        self.status, self.finish = str(job["status"]), job.get("estimated_finish")
+        self.status, self.finish = job_status(job), job.get("estimated_finish")
         self.total = int((job.get("dataset") or {}).get("total_steps") or self.total)
         running = job.get("progress") or {}
         if running and running.get("stage") != "train":

@@ -11,7 +11,7 @@ All of it is written beside the dataset's directory and appears there at once, o
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from dpo_service.data.encoding import EncodedFile, Progress, encode_file
 from dpo_service.data.reference import ScorerFactory, add_columns, cache_key, reference_logps
 from dpo_service.data.splits import split_digest, write_split
-from dpo_service.errors import InvalidData, InvalidSpec
+from dpo_service.errors import InvalidData, InvalidSpec, StopAsked
 from dpo_service.manifests.dataset import DatasetManifest, DatasetReport, SplitManifest
 from dpo_service.reports import Reporter
 from dpo_service.rows.check import MIN_ROWS, require_rows
@@ -42,6 +42,10 @@ MANIFEST = "dataset.json"
 PLAN = "plan.parquet"
 
 
+def never() -> bool:
+    return False
+
+
 def prepare(
     store: Store,
     spec: DataSpec,
@@ -54,6 +58,7 @@ def prepare(
     reference_digest: str | None,
     scored_as: Mapping[str, Any] | None = None,
     resources: ResourceSpec | None = None,
+    stop: Callable[[], bool] = never,
 ) -> DatasetManifest:
     """Prepare a job's dataset, or find it where an earlier attempt left it. Ray must be initialised.
 
@@ -62,16 +67,18 @@ def prepare(
         reference_digest: identifies the reference model's weights.
         scored_as: what else `scorer` depends on (precision, ld_alpha); None = its log-probabilities are not cached
             between jobs.
+        stop: asked between shards and between batches of the reference, whether to leave.
 
     Raises:
         InvalidData: a row, or what is left of the file, cannot be trained on; `param` names the file's field.
         InvalidSpec: the batch size is larger than the training split.
+        StopAsked: `stop` said so. What was made is gone; the next attempt makes it again.
     """
     key = paths.dataset_dir(job_id)
     manifest = _existing(store, key)
     if manifest is None:
         with store.publishing(key) as directory:
-            stage = _Stage(store, spec, batch, model_dir, reporter, directory, key)
+            stage = _Stage(store, spec, batch, model_dir, reporter, directory, key, stop)
             manifest = stage.run(scorer, reference_digest, scored_as, resources or ResourceSpec())
             shutil.rmtree(stage.scratch)
             (directory / MANIFEST).write_text(manifest.model_dump_json(indent=1))
@@ -109,10 +116,12 @@ class _Stage:
         reporter: Reporter,
         directory: Path,
         key: str,
+        stop: Callable[[], bool],
     ) -> None:
         self.store, self.spec, self.batch, self.reporter = store, spec, batch, reporter
         self.directory, self.key, self.model_dir = directory, key, model_dir
         self.scratch = directory / "scratch"
+        self.stop = stop
         self.tokenizer = Tokenizer.load(model_dir)
 
     def run(
@@ -179,9 +188,15 @@ class _Stage:
     def _progress(self, field: str) -> Progress:
         def tell(stage: str, done: int, total: int) -> None:
             of = f" of {total:,}" if total > done else ""
-            self.reporter.progress(stage, done, total, f"{stage} the {field.replace('_', ' ')}: {done:,}{of} rows")
+            self._tell(stage, done, total, f"{stage} the {field.replace('_', ' ')}: {done:,}{of} rows")
 
         return tell
+
+    def _tell(self, stage: str, done: int, total: int, text: str) -> None:
+        """Every long part comes by here between two pieces of its work, so here is where it can be left."""
+        self.reporter.progress(stage, done, total, text)
+        if self.stop():
+            raise StopAsked(f"asked to stop while {text}")
 
     def _write_validation(self, encoded: EncodedFile) -> SplitManifest:
         facts = decide(encoded.facts, deduplicate=self.spec.deduplicate)
@@ -217,7 +232,7 @@ class _Stage:
 
         def tell(done: int, total: int) -> None:
             text = f"reference log-probabilities of the {split.name} split: {done:,} of {total:,} pairs"
-            self.reporter.progress("reference", done, total, text)
+            self._tell("reference", done, total, text)
 
         files = self._paths(split)
         values = reference_logps(

@@ -16,7 +16,7 @@ from dpo_service.jobs import ingest, moves
 from dpo_service.jobs.context import Context, Point
 from dpo_service.jobs.lease import Owned
 from dpo_service.jobs.outcome import Ending, Success, Verdict, judge, read_result
-from dpo_service.jobs.states import Move, State
+from dpo_service.jobs.states import Move
 from dpo_service.jobs.tables import Job, JobAttempt
 from dpo_service.registry import models
 from dpo_service.reports import Report, read_spool, spool_files
@@ -35,8 +35,9 @@ async def conclude(context: Context, owned: Owned, attempt: JobAttempt, message:
     async with context.guarded(owned) as (session, job):
         verdict = judge(
             ending,
+            job.job_state,
             attempt=attempt.attempt,
-            cancelling=job.job_state is State.CANCELLING,
+            failures=job.failures,
             max_attempts=context.settings.max_attempts,
             chance=context.random.random(),
         )
@@ -56,6 +57,7 @@ async def _apply(context: Context, session: AsyncSession, job: Job, ending: Endi
         job.error_param = verdict.failure.param
     if verdict.delay is not None:
         job.not_before = now + verdict.delay
+        job.failures += 1
         job.progress = None
     moves.apply(session, job, verdict.move, actor="reconciler", reason=verdict.message, now=now, level=verdict.level)
     if verdict.move is Move.SUCCEED and job.deploy and context.on_published is not None:

@@ -40,6 +40,7 @@ def apply(
         job.started_at = now
     if target in TERMINAL:
         job.finished_at = now
+    job.paused_at = now if target is State.PAUSED else None
     _record(session, job, before, target, actor, reason, level, now)
     return target
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 from dpo_service.errors import CheckpointError, NotFound
 from dpo_service.jobs.moves import Level
 from dpo_service.jobs.retry import GiveUp, decide
-from dpo_service.jobs.states import Move
+from dpo_service.jobs.states import Move, State
 from dpo_service.manifests.checkpoint import CheckpointManifest, RunResult
 from dpo_service.storage import paths
 from dpo_service.storage.store import Store
@@ -67,7 +67,7 @@ def read_result(store: Store, job_id: str, attempt: int, message: str) -> Ending
         return Failure(DIED, f"the job's result cannot be read: {error}")
     if result.status == "succeeded":
         return _verified(store, result)
-    if result.status == "cancelled":
+    if result.status == "stopped":
         return Stopped()
     return Failure(
         code=result.error_code or "training_failed",
@@ -90,18 +90,29 @@ def _verified(store: Store, result: RunResult) -> Ending:
     return Success(result, result.checkpoint, manifest)
 
 
-def judge(ending: Ending, *, attempt: int, cancelling: bool, max_attempts: int, chance: float) -> Verdict:
-    """What the end of attempt number `attempt` makes of the job. `chance` in [0, 1) spreads the delay of a retry."""
+def judge(ending: Ending, state: State, *, attempt: int, failures: int, max_attempts: int, chance: float) -> Verdict:
+    """What the end of attempt number `attempt` makes of a job in `state`, of which `failures` attempts failed before.
+    `chance` in [0, 1) spreads the delay of a retry."""
     if isinstance(ending, Success):
         return Verdict(Move.SUCCEED, "The job has successfully completed")
-    if cancelling:
+    if state is State.CANCELLING:
         return Verdict(Move.STOP, "Fine-tuning job cancelled")
+    if state is State.PAUSING and (isinstance(ending, Stopped) or ending.retryable):
+        return _paused(ending)
     if isinstance(ending, Stopped):
         ending = Failure(INTERRUPTED, "the attempt was ended from outside before it was done")
-    decision = decide(attempt, retryable=ending.retryable, max_attempts=max_attempts, chance=chance)
+    decision = decide(failures + 1, retryable=ending.retryable, max_attempts=max_attempts, chance=chance)
     if isinstance(decision, GiveUp):
         note = f" ({decision.why})" if ending.retryable else ""
         return Verdict(Move.FAIL, f"Fine-tuning job failed: {ending.message}{note}", "error", failure=ending)
     seconds = decision.delay.total_seconds()
     message = f"Attempt {attempt} failed: {ending.message}. The next attempt starts in {seconds:.0f} s"
     return Verdict(Move.RETRY, message, "warn", failure=ending, delay=decision.delay)
+
+
+def _paused(ending: Failure | Stopped) -> Verdict:
+    """However it ended, its newest checkpoint is good. That it was killed is no news: that may have been our doing."""
+    message = "Fine-tuning job paused; when it is resumed, it goes on from its newest checkpoint"
+    if isinstance(ending, Stopped) or ending.code == DIED:
+        return Verdict(Move.STOP, message)
+    return Verdict(Move.STOP, f"{message}. Its attempt had failed: {ending.message}", "warn", failure=ending)

@@ -19,15 +19,15 @@ class GiveUp:
     why: str
 
 
-def decide(attempt: int, *, retryable: bool, max_attempts: int, chance: float) -> Retry | GiveUp:
-    """What follows when attempt number `attempt` (from 1) has failed.
+def decide(failures: int, *, retryable: bool, max_attempts: int, chance: float) -> Retry | GiveUp:
+    """What follows when the `failures`th attempt (from 1) has failed; those that were paused do not count.
 
     `retryable` is false for what another try cannot change: the user's mistakes and a loss that is not finite.
     `chance` in [0, 1) spreads the delay by +-20%, so that jobs that fell together do not rise together.
     """
     if not retryable:
         return GiveUp("another attempt would end the same way")
-    if attempt >= max_attempts:
-        return GiveUp(f"that was attempt {attempt} of {max_attempts}")
-    base = DELAYS_S[min(attempt, len(DELAYS_S)) - 1]
+    if failures >= max_attempts:
+        return GiveUp(f"that was failed attempt {failures} of {max_attempts}")
+    base = DELAYS_S[min(failures, len(DELAYS_S)) - 1]
     return Retry(timedelta(seconds=base * (1 - JITTER + 2 * JITTER * chance)))

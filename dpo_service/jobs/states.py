@@ -1,16 +1,22 @@
 """The life of a job, as a table.
 
-                        ┌────────────── RETRY ──────────────┐
-                        v                                    │
-    (created) ──> queued ── SUBMIT ──> submitting ── START ──> running
-                    │                      │ CANCEL   CANCEL │ │
-                    │ CANCEL               └──> cancelling <─┘ ├── SUCCEED ──> succeeded
-                    v                              │ STOP      └── FAIL ─────> failed
-                cancelled <────────────────────────┘
+                   ┌─────────────────── RETRY ──────────────────┐
+                   v                                            │
+    (created) ─> queued ─── SUBMIT ──> submitting ── START ──> running ──┬── SUCCEED ──> succeeded
+                 │ │  ^                     │                   │        └── FAIL ─────> failed
+                 │ │  └── RESUME ─┐         ├────── PAUSE ──────┤
+                 │ └─── PAUSE ──> paused    │      CANCEL       │
+                 │                │  ^      v                   v
+                 │         CANCEL │  └STOP─ pausing ── CANCEL ─> cancelling
+                 │ CANCEL         v                                  │
+                 └────────────> cancelled <────────── STOP ──────────┘
 
-`submitting` means: this attempt is promised to the database, and the cluster has, or will be, asked for it. A job that
-is asked to stop and succeeds first has succeeded; one that fails first is cancelled. An ended job never moves again.
-A pause is one more state and two more moves; the test of completeness then names every pair that is to be decided.
+`submitting` means: this attempt is promised to the database, and the cluster has, or will be, asked for it. `pausing`
+and `cancelling`: the attempt is asked to save and stop. One that succeeds first has succeeded. One that fails first is
+cancelled; while pausing it has failed where another attempt would fail too, and is paused where another may help: the
+next attempt is then the one that `resume` makes. A cancellation overtakes a pause, never the other way. A pausing job
+cannot be resumed before it has paused: its attempt may have seen the wish and be saving already. An ended job never
+moves again.
 """
 
 from __future__ import annotations
@@ -24,6 +30,8 @@ class State(StrEnum):
     QUEUED = "queued"
     SUBMITTING = "submitting"
     RUNNING = "running"
+    PAUSING = "pausing"
+    PAUSED = "paused"
     CANCELLING = "cancelling"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -44,12 +52,18 @@ class Move(StrEnum):
     """The attempt failed, and another may help."""
     CANCEL = "cancel"
     """The user asks for the end."""
+    PAUSE = "pause"
+    """The user asks for the workers to be given back, and the place to be kept."""
+    RESUME = "resume"
+    """The user asks for the job to go on."""
     STOP = "stop"
     """The attempt is gone after it was asked to stop."""
 
 
 TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED})
-ON_CLUSTER = frozenset({State.SUBMITTING, State.RUNNING, State.CANCELLING})
+STOPPING = frozenset({State.PAUSING, State.CANCELLING})
+"""States in which an attempt is asked to save and stop."""
+ON_CLUSTER = frozenset({State.SUBMITTING, State.RUNNING}) | STOPPING
 """States in which an attempt may hold the cluster's resources."""
 
 _ABSORBED: dict[Move, State | None] = dict.fromkeys(Move)
@@ -62,6 +76,8 @@ TABLE: dict[State, dict[Move, State | None]] = {
         Move.FAIL: None,
         Move.RETRY: None,
         Move.CANCEL: State.CANCELLED,
+        Move.PAUSE: State.PAUSED,
+        Move.RESUME: State.QUEUED,
         Move.STOP: None,
     },
     State.SUBMITTING: {
@@ -72,6 +88,8 @@ TABLE: dict[State, dict[Move, State | None]] = {
         Move.FAIL: State.FAILED,
         Move.RETRY: State.QUEUED,
         Move.CANCEL: State.CANCELLING,
+        Move.PAUSE: State.PAUSING,
+        Move.RESUME: State.SUBMITTING,
         Move.STOP: None,
     },
     State.RUNNING: {
@@ -81,6 +99,30 @@ TABLE: dict[State, dict[Move, State | None]] = {
         Move.FAIL: State.FAILED,
         Move.RETRY: State.QUEUED,
         Move.CANCEL: State.CANCELLING,
+        Move.PAUSE: State.PAUSING,
+        Move.RESUME: State.RUNNING,
+        Move.STOP: None,
+    },
+    State.PAUSING: {
+        Move.SUBMIT: None,
+        Move.START: State.PAUSING,
+        Move.SUCCEED: State.SUCCEEDED,
+        Move.FAIL: State.FAILED,
+        Move.RETRY: State.PAUSED,
+        Move.CANCEL: State.CANCELLING,
+        Move.PAUSE: State.PAUSING,
+        Move.RESUME: None,
+        Move.STOP: State.PAUSED,
+    },
+    State.PAUSED: {
+        Move.SUBMIT: None,
+        Move.START: None,
+        Move.SUCCEED: None,
+        Move.FAIL: None,
+        Move.RETRY: None,
+        Move.CANCEL: State.CANCELLED,
+        Move.PAUSE: State.PAUSED,
+        Move.RESUME: State.QUEUED,
         Move.STOP: None,
     },
     State.CANCELLING: {
@@ -90,6 +132,8 @@ TABLE: dict[State, dict[Move, State | None]] = {
         Move.FAIL: State.CANCELLED,
         Move.RETRY: State.CANCELLED,
         Move.CANCEL: State.CANCELLING,
+        Move.PAUSE: None,
+        Move.RESUME: None,
         Move.STOP: State.CANCELLED,
     },
     State.SUCCEEDED: _ABSORBED,
@@ -102,6 +146,8 @@ OPENAI_STATUS: dict[State, str] = {
     State.QUEUED: "queued",
     State.SUBMITTING: "queued",
     State.RUNNING: "running",
+    State.PAUSING: "running",
+    State.PAUSED: "queued",
     State.CANCELLING: "running",
     State.SUCCEEDED: "succeeded",
     State.FAILED: "failed",

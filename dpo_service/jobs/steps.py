@@ -3,7 +3,7 @@ transactions; each transaction begins with the guard of the lease; each step may
 
     queued ── write attempt.json ── [attempt row, SUBMIT] ── cluster.submit ── [note it]              attempts.py
     on the cluster ── observe ─┬─ UNKNOWN: nothing
-                               ├─ ALIVE:   [START]; when cancelling: stop flag, after the grace cluster.stop
+                               ├─ ALIVE:   [START]; when stopping: stop flag, after the grace cluster.stop
                                └─ GONE:    spool ── [ingest] ── result.json ── [publish, move]        conclude.py
 
 [...] is a transaction. Between any two of these the process may die; `context.Point` names the places.
@@ -19,7 +19,7 @@ from dpo_service.jobs import attempts, moves
 from dpo_service.jobs.conclude import conclude
 from dpo_service.jobs.context import Context, Point
 from dpo_service.jobs.lease import Owned
-from dpo_service.jobs.states import TABLE, Move, State
+from dpo_service.jobs.states import STOPPING, TABLE, Move, State
 from dpo_service.jobs.tables import JobAttempt
 from dpo_service.storage import paths
 
@@ -37,7 +37,7 @@ async def step(context: Context, owned: Owned) -> None:
         await attempts.begin(context, owned)
         return
     assert attempt is not None, "a job on the cluster has an attempt"
-    if state is State.CANCELLING:
+    if state in STOPPING:
         await _ask_to_stop(context, attempt)
     elif attempt.submitted_at is None:
         await attempts.hand_over(context, owned, attempt.attempt)
@@ -62,7 +62,7 @@ async def _follow(context: Context, owned: Owned, attempt: JobAttempt) -> None:
         return
     if seen.running and attempt.running_at is None:
         await _mark_running(context, owned, attempt)
-    if owned.job.job_state is State.CANCELLING and _patience_is_over(context, owned, attempt, seen):
+    if owned.job.job_state in STOPPING and _patience_is_over(context, owned, attempt, seen):
         await _force(context, owned, attempt)
 
 
@@ -82,9 +82,9 @@ def _patience_is_over(context: Context, owned: Owned, attempt: JobAttempt, seen:
     if last is None:
         if not seen.running:
             return True
-        last = owned.job.cancel_requested_at
+        last = owned.job.stop_requested_at
     assert last is not None
-    return context.clock.now() - last >= timedelta(seconds=context.settings.cancel_grace_s)
+    return context.clock.now() - last >= timedelta(seconds=context.settings.stop_grace_s)
 
 
 async def _force(context: Context, owned: Owned, attempt: JobAttempt) -> None:

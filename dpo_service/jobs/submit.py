@@ -31,6 +31,7 @@ async def insert(
         created_at=(clock or SystemClock()).now(),
         state=State.QUEUED.value,
         attempt=0,
+        failures=0,
         spec=spec.model_dump(mode="json"),
         run=run.model_dump(mode="json"),
         meta=dict(spec.metadata) if spec.metadata else None,

@@ -32,7 +32,13 @@ class Job(Base):
     """Number of the newest attempt, from 1; 0 = none yet."""
     not_before: Mapped[datetime | None]
     """A queued job waits until then."""
+    failures: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Attempts that failed and were followed by another. One that was paused is none of them."""
     cancel_requested_at: Mapped[datetime | None]
+    pause_requested_at: Mapped[datetime | None]
+    """None again when the job is resumed."""
+    paused_at: Mapped[datetime | None]
+    """Since when it is paused; None = it is not."""
 
     spec: Mapped[dict[str, Any]]
     """JobSpec as submitted."""
@@ -69,6 +75,11 @@ class Job(Base):
     @property
     def job_state(self) -> State:
         return State(self.state)
+
+    @property
+    def stop_requested_at(self) -> datetime | None:
+        """When the newest attempt was first asked to stop, to pause or for good."""
+        return min(filter(None, (self.pause_requested_at, self.cancel_requested_at)), default=None)
 
     @property
     def job_spec(self) -> JobSpec:

@@ -39,7 +39,7 @@ class RunResult(Spec):
     job_id: str
     attempt: int
     status: str
-    """succeeded | failed | cancelled"""
+    """succeeded | failed | stopped: it was asked to stop, and can be gone on with"""
     checkpoint: str | None = None
     """Storage key of the final checkpoint's directory."""
     checkpoint_digest: str | None = None

@@ -1,4 +1,4 @@
-"""Jobs through the official client: made, listed, watched, cancelled."""
+"""Jobs through the official client: made, listed, watched, paused, cancelled."""
 
 import asyncio
 import json
@@ -152,6 +152,49 @@ async def test_cancel_once_then_conflict_without_retry(api):
     with pytest.raises(openai.ConflictError) as refused:
         await api.sdk.fine_tuning.jobs.cancel(job.id)
     assert refused.value.response.headers["x-should-retry"] == "false"
+
+
+async def test_pause_and_resume_through_the_sdk(api):
+    job = await api.job((await api.upload()).id)
+    paused = await api.sdk.fine_tuning.jobs.pause(job.id)
+    assert (paused.status, paused.model_extra["state"]) == ("queued", "paused")
+    assert (
+        paused.model_extra["paused_at"] == paused.model_extra["pause_requested_at"] == int(api.clock.now().timestamp())
+    )
+    assert (await api.sdk.fine_tuning.jobs.pause(job.id)).model_extra["state"] == "paused"
+    resumed = await api.sdk.fine_tuning.jobs.resume(job.id)
+    assert (resumed.status, resumed.model_extra["state"]) == ("queued", "queued")
+    assert (resumed.model_extra["paused_at"], resumed.model_extra["pause_requested_at"]) == (None, None)
+    assert api.changes == 4
+    said = [event.message for event in (await api.sdk.fine_tuning.jobs.list_events(job.id)).data]
+    assert said[:2] == ["Resumed by the user", "Paused by the user"]
+
+
+async def test_a_running_job_is_pausing_until_its_attempt_is_gone(api):
+    job = await api.job((await api.upload()).id)
+    await move(api, job.id, Move.SUBMIT, Move.START)
+    pausing = await api.sdk.fine_tuning.jobs.pause(job.id)
+    assert (pausing.status, pausing.model_extra["state"], pausing.model_extra["paused_at"]) == (
+        "running",
+        "pausing",
+        None,
+    )
+    with pytest.raises(openai.ConflictError, match="still pausing") as refused:
+        await api.sdk.fine_tuning.jobs.resume(job.id)
+    assert refused.value.response.headers["x-should-retry"] == "false"
+    await move(api, job.id, Move.STOP)
+    found = await api.sdk.fine_tuning.jobs.retrieve(job.id)
+    assert (found.status, found.model_extra["state"], found.finished_at) == ("queued", "paused", None)
+
+
+@pytest.mark.parametrize("wish", ["pause", "resume"])
+async def test_an_ended_or_unknown_job_is_neither_paused_nor_resumed(api, wish):
+    job = await api.job((await api.upload()).id)
+    await api.sdk.fine_tuning.jobs.cancel(job.id)
+    with pytest.raises(openai.ConflictError, match=f"can be {wish}d"):
+        await getattr(api.sdk.fine_tuning.jobs, wish)(job.id)
+    with pytest.raises(openai.NotFoundError, match="ftjob-none"):
+        await getattr(api.sdk.fine_tuning.jobs, wish)("ftjob-none")
 
 
 async def test_failed_job_says_why(api):

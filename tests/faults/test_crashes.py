@@ -11,10 +11,11 @@ from dpo_service import ids
 from dpo_service.cluster.port import JobObservation
 from dpo_service.jobs.cancel import cancel
 from dpo_service.jobs.context import Point
+from dpo_service.jobs.pause import pause, resume
 from dpo_service.jobs.states import TERMINAL, State
 from tests.unit.jobs.world import LONGEST_DELAY_S, World, metrics_report
 
-ENDINGS = ["succeed", "fail", "die", "cancel"]
+ENDINGS = ["succeed", "fail", "die", "cancel", "pause and succeed", "pause and cancel"]
 TICKS = 30
 
 
@@ -58,18 +59,25 @@ async def drive(world: World, job_id: str, ending: str) -> None:
         if job.job_state is State.RUNNING:
             world.spool(job_id, [metrics_report(step) for step in range(3)], job.attempt)
             await act(world, job_id, job.attempt, ending)
+        if job.job_state is State.PAUSED:
+            await after_the_pause(world, job_id, ending)
         world.clock.advance(LONGEST_DELAY_S)
     raise AssertionError(f"the job is stuck in {await world.state(job_id)}")
 
 
 async def act(world: World, job_id: str, attempt: int, ending: str) -> None:
-    if ending == "cancel":
-        await cancel(world.database, job_id, clock=world.clock)
+    if ending == "cancel" or (ending.startswith("pause") and attempt == 1):
+        await (cancel if ending == "cancel" else pause)(world.database, job_id, clock=world.clock)
         await tick(world)
-        world.write_result(job_id, attempt, "cancelled")
-        world.cluster.finish(ids.submission_id(job_id, attempt))
+        world.stop(job_id, attempt)
     else:
+        ending = ending.removeprefix("pause and ")
         {"succeed": world.succeed, "fail": world.fail, "die": world.die}[ending](job_id, attempt)
+
+
+async def after_the_pause(world: World, job_id: str, ending: str) -> None:
+    wish = cancel if ending == "pause and cancel" else resume
+    await wish(world.database, job_id, clock=world.clock)
 
 
 @pytest.mark.parametrize("visit", [1, 2])
@@ -80,23 +88,26 @@ async def test_a_crash_anywhere_is_survived(world: World, point: Point, ending: 
     job_id = await world.submit()
     await drive(world, job_id, ending)
     job = await world.job(job_id)
-    expected = {"succeed": State.SUCCEEDED, "cancel": State.CANCELLED}.get(ending, State.FAILED)
+    expected = {"succeed": State.SUCCEEDED, "cancel": State.CANCELLED}.get(ending.split()[-1], State.FAILED)
     assert job.job_state is expected
     attempts = range(1, job.attempt + 1)
     assert world.submissions_of(job_id) == [ids.submission_id(job_id, n) for n in attempts]
-    assert job.attempt == (1 if ending in ("succeed", "cancel") else 3)
+    assert job.attempt == {"fail": 3, "die": 3, "pause and succeed": 2}.get(ending, 1)
+    assert job.failures == (2 if ending in ("fail", "die") else 0)
     events = await world.events(job_id)
     assert [event.key for event in events if event.type == "metrics"] == [f"metrics:train:{n}" for n in range(3)]
     ends = [event.to_state for event in events if event.to_state in {state.value for state in TERMINAL}]
     assert ends == [expected.value]
+    assert [event.to_state for event in events].count("paused") == ending.startswith("pause")
 
 
+@pytest.mark.parametrize("ending", ["cancel", "pause and succeed"])
 @pytest.mark.parametrize("point", Point)
-async def test_every_point_is_passed(world: World, point: Point) -> None:
+async def test_every_point_is_passed(world: World, point: Point, ending: str) -> None:
     """Else the test above would prove nothing at that point."""
     passed: list[Point] = []
     world.current = world.reconciler(reached=passed.append)
-    await drive(world, await world.submit(), "cancel")
+    await drive(world, await world.submit(), ending)
     assert point in passed
 
 

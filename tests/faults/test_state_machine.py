@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,8 @@ from dpo_service import ids
 from dpo_service.errors import Conflict
 from dpo_service.jobs.cancel import cancel
 from dpo_service.jobs.context import Point
-from dpo_service.jobs.states import ON_CLUSTER, TABLE, TERMINAL, State
+from dpo_service.jobs.pause import pause, resume
+from dpo_service.jobs.states import ON_CLUSTER, STOPPING, TABLE, TERMINAL, State
 from tests.faults.test_crashes import Crash, dies_at
 from tests.unit.jobs.world import World, metrics_report, open_world
 
@@ -36,6 +38,7 @@ class Jobs(RuleBasedStateMachine):
         self.world: World = self.do(self.opened.__aenter__())
         self.ended: dict[str, State] = {}
         self.cancelled: set[str] = set()
+        self.pauses: Counter[str] = Counter()
         self.reported: dict[str, set[int]] = {}
 
     def do(self, what: Coroutine[Any, Any, T]) -> T:
@@ -64,6 +67,25 @@ class Jobs(RuleBasedStateMachine):
             self.cancelled.add(job_id)
         except Conflict:
             assert before in TERMINAL
+
+    @rule(job_id=jobs)
+    def pause(self, job_id: str) -> None:
+        before = self.do(self.world.state(job_id))
+        try:
+            after = self.do(pause(self.world.database, job_id, clock=self.world.clock)).job_state
+            assert after in (State.PAUSING, State.PAUSED)
+            self.pauses[job_id] += after is not before
+        except Conflict:
+            assert before in TERMINAL | {State.CANCELLING}
+
+    @rule(job_id=jobs)
+    def resume(self, job_id: str) -> None:
+        before = self.do(self.world.state(job_id))
+        try:
+            after = self.do(resume(self.world.database, job_id, clock=self.world.clock)).job_state
+            assert after is (State.QUEUED if before is State.PAUSED else before)
+        except Conflict:
+            assert before in TERMINAL | STOPPING
 
     @rule()
     def tick(self) -> None:
@@ -115,15 +137,14 @@ class Jobs(RuleBasedStateMachine):
     def finish(self, job_id: str, how: str) -> None:
         attempt = self.attempt(job_id)
         if how == "obey":
-            self.world.write_result(job_id, attempt, "cancelled")
-            self.world.cluster.finish(ids.submission_id(job_id, attempt))
+            self.world.stop(job_id, attempt)
         elif how == "fail for good":
             self.world.fail(job_id, attempt, retryable=False)
         else:
             {"succeed": self.world.succeed, "fail": self.world.fail, "die": self.world.die}[how](job_id, attempt)
 
     def everything_ends(self) -> None:
-        """Left alone with a cluster that works, every job comes to an end."""
+        """Left alone with a cluster that works, and resumed where it is paused, every job comes to an end."""
         self.world.cluster.unreachable = False
         for _ in range(40):
             self.world.clock.advance(1000)
@@ -132,6 +153,7 @@ class Jobs(RuleBasedStateMachine):
             if not left:
                 break
             for job_id in left:
+                self.resume(job_id)
                 if self.alive(job_id):
                     self.finish(job_id, "succeed")
         assert not left
@@ -168,12 +190,21 @@ class Jobs(RuleBasedStateMachine):
         for job_id in self.reported:
             submitted = self.world.submissions_of(job_id)
             assert submitted == [ids.submission_id(job_id, n + 1) for n in range(len(submitted))]
-            assert len(submitted) <= self.attempt(job_id) <= self.world.settings.max_attempts
+            allowed = self.world.settings.max_attempts + self.pauses[job_id]
+            assert len(submitted) <= self.attempt(job_id) <= allowed
 
     @invariant()
     def no_more_jobs_than_allowed_are_on_the_cluster(self) -> None:
         states = [self.do(self.world.state(job_id)) for job_id in self.reported]
         assert sum(state in ON_CLUSTER for state in states) <= LIMIT
+
+    @invariant()
+    def a_job_is_paused_because_it_was_asked_to(self) -> None:
+        for job_id in self.reported:
+            job = self.do(self.world.job(job_id))
+            assert (job.paused_at is not None) is (job.job_state is State.PAUSED)
+            assert job.job_state not in (State.PAUSING, State.PAUSED) or self.pauses[job_id]
+            assert job.failures < self.world.settings.max_attempts
 
     @invariant()
     def what_ended_matches_what_happened(self) -> None:

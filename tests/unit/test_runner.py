@@ -94,6 +94,14 @@ def test_a_surprise_is_told_with_its_place(store, monkeypatch):
     assert "test_runner.py" in said[0].message
 
 
+def test_an_attempt_that_was_asked_to_stop_before_it_began_does_nothing(store, monkeypatch):
+    attempt(store)
+    store.write(paths.stop_flag(JOB, 1), b"")
+    monkeypatch.setattr(runner, "locate_model", lambda *_: pytest.fail("it went on"))
+    assert main(store) == 0
+    assert (result(store).status, result(store).checkpoint) == ("stopped", None)
+
+
 @pytest.mark.parametrize("how", ["has a result", "has a successor"])
 def test_an_entrypoint_that_is_run_again_does_nothing(store, monkeypatch, how):
     attempt(store)

@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs: make a job, watch it, end it."""
+"""/v1/fine_tuning/jobs: make a job, watch it, pause and resume it, end it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dpo_service.api.schemas.jobs import (
     JobObject,
 )
 from dpo_service.errors import UserError
-from dpo_service.jobs import cancel, repository, submit
+from dpo_service.jobs import cancel, pause, repository, submit
 from dpo_service.jobs.admit import admit
 from dpo_service.jobs.tables import Job
 from dpo_service.registry import files, models
@@ -125,6 +125,24 @@ async def retrieve_job(job_id: str, services: ServicesDep) -> JobObject:
 async def cancel_job(job_id: str, services: ServicesDep) -> JobObject:
     """A queued job ends at once; a running one saves and ends at its next step. 409 when it has ended."""
     job = await cancel.cancel(services.database, job_id, clock=services.clock)
+    services.on_change()
+    return JobObject.of(job)
+
+
+@router.post("/{job_id}/pause", responses=docs(404, 409))
+async def pause_job(job_id: str, services: ServicesDep) -> JobObject:
+    """A running job saves at its next step and gives back its workers; it is paused when `state` says so (`status` is
+    then `queued`, as OpenAI's list of words has no other). 409 when it has ended or is being cancelled."""
+    job = await pause.pause(services.database, job_id, clock=services.clock)
+    services.on_change()
+    return JobObject.of(job)
+
+
+@router.post("/{job_id}/resume", responses=docs(404, 409))
+async def resume_job(job_id: str, services: ServicesDep) -> JobObject:
+    """Queue a paused job again: it goes on from the step it was paused at. 409 when it has ended, is being cancelled or
+    is still pausing; nothing happens to one that is not paused."""
+    job = await pause.resume(services.database, job_id, clock=services.clock)
     services.on_change()
     return JobObject.of(job)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 from dpo_service.api.schemas.common import Wire
 from dpo_service.clock import unix
 from dpo_service.jobs.progress import estimated_finish
-from dpo_service.jobs.states import OPENAI_STATUS
+from dpo_service.jobs.states import ON_CLUSTER, OPENAI_STATUS
 from dpo_service.jobs.tables import Job, JobCheckpoint, JobEvent
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.specs.job import JobSpec
@@ -69,6 +70,10 @@ class JobObject(Wire):
     """Number of the newest try; 0 = none yet."""
     started_at: int | None
     cancel_requested_at: int | None
+    pause_requested_at: int | None
+    """None again when the job is resumed."""
+    paused_at: int | None
+    """Since when it is paused; None = it is not."""
     suffix: str | None
     deploy: bool
     output_model: str
@@ -85,12 +90,12 @@ class JobObject(Wire):
     @classmethod
     def of(cls, job: Job) -> JobObject:
         spec, run = job.job_spec, job.run_spec
-        finish = estimated_finish(job.progress) if job.finished_at is None else None
+        finish = estimated_finish(job.progress) if job.job_state in ON_CLUSTER else None
         return cls(
             id=job.id,
             created_at=unix(job.created_at),
-            finished_at=unix(job.finished_at) if job.finished_at else None,
-            estimated_finish=unix(finish) if finish else None,
+            finished_at=_unix(job.finished_at),
+            estimated_finish=_unix(finish),
             model=spec.model,
             fine_tuned_model=job.fine_tuned_model,
             status=OPENAI_STATUS[job.job_state],
@@ -106,8 +111,10 @@ class JobObject(Wire):
             metadata=spec.metadata,
             state=job.state,
             attempt=job.attempt,
-            started_at=unix(job.started_at) if job.started_at else None,
-            cancel_requested_at=unix(job.cancel_requested_at) if job.cancel_requested_at else None,
+            started_at=_unix(job.started_at),
+            cancel_requested_at=_unix(job.cancel_requested_at),
+            pause_requested_at=_unix(job.pause_requested_at),
+            paused_at=_unix(job.paused_at),
             suffix=spec.suffix,
             deploy=spec.deploy,
             output_model=run.output_model,
@@ -116,6 +123,10 @@ class JobObject(Wire):
             progress=_progress(job),
             dataset=_some(job.dataset, DATASET_FIELDS) if job.dataset else None,
         )
+
+
+def _unix(moment: datetime | None) -> int | None:
+    return unix(moment) if moment is not None else None
 
 
 def _hyperparameters(spec: JobSpec, run: RunSpec) -> dict[str, Any]:

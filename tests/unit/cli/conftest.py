@@ -36,6 +36,7 @@ class FakeService:
         self.events = [event(1, "Job created"), event(2, step=0, split="eval", **{"rewards/accuracies": 0.5})]
         self.events += [event(3, step=1, split="train", loss=0.7), event(4, step=2, split="train", loss=0.5)]
         self.final, self.error, self.looks_until_end = "succeeded", None, 2
+        self.state: str | None = None
         self.stream_breaks, self.refuse_job = 0, False
         self.deployments: list[dict] = []
         self.deployment_states = ["starting", "running"]
@@ -46,6 +47,7 @@ class FakeService:
         return {
             "id": "ftjob-1",
             "status": self.final if ended else "running",
+            "state": self.state or "running",
             "model": "base",
             "method": {"type": "dpo"},
             "created_at": 1_700_000_000,

@@ -76,3 +76,19 @@ def test_jobs_logs_and_cancel(dpo, service, capsys):
     assert capsys.readouterr().out == "step 1\nstep 2\n"
     assert dpo("cancel", "ftjob-1") == ExitCode.OK
     assert ("POST", "/v1/fine_tuning/jobs/ftjob-1/cancel", {}) in service.requests
+
+
+def test_pause_and_resume_say_how_the_job_is(dpo, service, capsys):
+    service.state, service.looks_until_end = "pausing", 9
+    assert dpo("pause", "ftjob-1") == ExitCode.OK
+    assert capsys.readouterr().out == "Job ftjob-1 is asked to pause; it is pausing.\n"
+    service.state = "paused"
+    assert dpo("jobs") == ExitCode.OK
+    assert "paused" in capsys.readouterr().out
+    service.state = "submitting"
+    assert dpo("resume", "ftjob-1") == ExitCode.OK
+    assert capsys.readouterr().out == "Job ftjob-1 is asked to resume; it is running.\n"
+    assert dpo("resume", "ftjob-1", "--json") == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["state"] == "submitting"
+    asked = [path.rpartition("/")[2] for method, path, _ in service.requests if method == "POST"]
+    assert asked == ["pause", "resume", "resume"]

@@ -32,6 +32,13 @@ def test_progress_learns_from_events_and_from_the_job():
     assert 55 < progress.seconds_left <= 60
 
 
+def test_a_paused_job_is_shown_as_paused_and_where_it_stands():
+    progress = Progress("ftjob-1")
+    running = {"stage": "train", "done": 3, "total": 8}
+    progress.see({"status": "queued", "state": "paused", "progress": running, "estimated_finish": None})
+    assert (progress.status, progress.total, progress.seconds_left) == ("paused", 8, None)
+
+
 def test_an_ended_job_has_no_time_left():
     progress = Progress("ftjob-1")
     progress.see({"status": "succeeded", "estimated_finish": time.time() + 60})

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_service.data import encoding
-from dpo_service.data.pipeline import prepare
-from dpo_service.errors import InvalidData, InvalidSpec, NonFiniteLoss
+from dpo_service.data.pipeline import never, prepare
+from dpo_service.errors import InvalidData, InvalidSpec, NonFiniteLoss, StopAsked
 from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.reports import Reporter, read_spool, spool_files
 from dpo_service.rows.encode import tokenise
@@ -67,7 +67,16 @@ def stage(tmp_path, ray_connected):
             self.spool = tmp_path / "spool"
 
         def __call__(
-            self, training, *, validation=None, job="ftjob-1", scorer=LengthScorer, batch=BATCH, ld_alpha=1.0, **data
+            self,
+            training,
+            *,
+            validation=None,
+            job="ftjob-1",
+            scorer=LengthScorer,
+            batch=BATCH,
+            ld_alpha=1.0,
+            stop=never,
+            **data,
         ):
             store.write("files/t", "\n".join(map(json.dumps, training)).encode())
             if validation is not None:
@@ -86,12 +95,26 @@ def stage(tmp_path, ray_connected):
                     reference_digest="base",
                     scored_as={"precision": "float32", "ld_alpha": ld_alpha},
                     resources=ResourceSpec(workers=2),
+                    stop=stop,
                 )
 
         def table(self, split) -> pa.Table:
             return pa.concat_tables([pq.read_table(store.path(file)) for file in split.files])
 
     return Stage()
+
+
+@pytest.mark.parametrize("stage_left", ["reading", "reference"])
+def test_a_stage_that_is_asked_to_stop_leaves_nothing_and_can_be_run_again(stage, stage_left):
+    def asked() -> bool:
+        said = [report for path in spool_files(stage.spool) for batch, _ in read_spool(path) for report in batch]
+        return any(report.type == "progress" and report.data["stage"] == stage_left for report in said)
+
+    rows = [pair(number) for number in range(8)]
+    with pytest.raises(StopAsked, match=stage_left):
+        stage(rows, stop=asked)
+    assert [path for path in stage.store.path("jobs").rglob("*") if path.is_file()] == []
+    assert stage(rows).train.rows == 8
 
 
 def test_a_file_becomes_a_dataset(stage, monkeypatch):

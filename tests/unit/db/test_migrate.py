@@ -76,6 +76,24 @@ def test_up_down_up(url: str) -> None:
     migrate.check(url)
 
 
+def test_attempts_of_before_pauses_count_as_failures(url: str) -> None:
+    migrate.upgrade(url, "0002")
+    empty = "'2026-01-01 00:00:00+00', '{}', '{}', false"
+    jobs = [("'new'", "'queued'", 0), ("'waits'", "'queued'", 2), ("'runs'", "'running'", 2)]
+    values = ", ".join(f"({job_id}, {state}, {attempt}, {empty})" for job_id, state, attempt in jobs)
+    asyncio.run(_execute(url, f"INSERT INTO jobs (id, state, attempt, created_at, spec, run, deploy) VALUES {values}"))
+    migrate.upgrade(url)
+
+    async def failures() -> dict[str, int]:
+        database = Database(url)
+        async with database.begin() as session:
+            rows = (await session.execute(text("SELECT id, failures FROM jobs"))).all()
+        await database.close()
+        return {row[0]: row[1] for row in rows}
+
+    assert asyncio.run(failures()) == {"new": 0, "waits": 2, "runs": 1}
+
+
 def test_a_second_upgrade_changes_nothing(url: str) -> None:
     migrate.upgrade(url)
     insert = "INSERT INTO models VALUES ('m', 'b', 'j', 1, 'k', 'd', '2026-01-01 00:00:00+00', 'o')"

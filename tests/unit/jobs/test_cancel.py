@@ -43,8 +43,7 @@ async def test_a_job_that_saves_and_ends_within_the_grace_is_not_forced(world: W
     job_id = await world.running()
     await cancel(world.database, job_id, clock=world.clock)
     await world.tick()
-    world.write_result(job_id, 1, "cancelled")
-    world.cluster.finish(ids.submission_id(job_id, 1))
+    world.stop(job_id)
     await world.tick()
     assert await world.state(job_id) is State.CANCELLED
     assert world.cluster.stops == []

@@ -146,8 +146,7 @@ async def test_another_checkpoint_than_the_one_reported_is_no_success(world: Wor
 
 async def test_an_attempt_ended_from_outside_is_tried_again(world: World) -> None:
     job_id = await world.running()
-    world.write_result(job_id, 1, "cancelled")
-    world.cluster.finish(ids.submission_id(job_id, 1))
+    world.stop(job_id)
     await world.tick()
     assert await world.state(job_id) is State.QUEUED
 

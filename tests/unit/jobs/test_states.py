@@ -38,13 +38,24 @@ def test_every_state_can_be_reached_and_every_job_can_end() -> None:
 
 def test_only_the_table_of_moves_leads_back_to_the_queue() -> None:
     back = {(s, m) for s in State for m, t in TABLE[s].items() if t is State.QUEUED}
-    assert back == {(State.SUBMITTING, Move.RETRY), (State.RUNNING, Move.RETRY)}
+    retried = {(State.SUBMITTING, Move.RETRY), (State.RUNNING, Move.RETRY)}
+    assert back == retried | {(State.PAUSED, Move.RESUME), (State.QUEUED, Move.RESUME)}
 
 
 def test_cancelling_ends_in_success_only_by_success() -> None:
     ends = {move: target for move, target in TABLE[State.CANCELLING].items() if target in TERMINAL}
     assert ends.pop(Move.SUCCEED) is State.SUCCEEDED
     assert set(ends.values()) == {State.CANCELLED}
+
+
+def test_a_pause_is_no_end_and_a_cancellation_overtakes_it() -> None:
+    stopped = {State.CANCELLED: State.CANCELLING, State.PAUSED: State.PAUSING}
+    for state, asked in stopped.items():
+        assert {s for s in State if TABLE[s][Move.STOP] is state} == {asked}
+    assert (TABLE[State.PAUSING][Move.CANCEL], TABLE[State.CANCELLING][Move.PAUSE]) == (State.CANCELLING, None)
+    assert (TABLE[State.PAUSED][Move.CANCEL], TABLE[State.PAUSED][Move.SUBMIT]) == (State.CANCELLED, None)
+    assert {s for s in State if TABLE[s][Move.RESUME] is None} == TERMINAL | {State.PAUSING, State.CANCELLING}
+    assert State.PAUSED not in ON_CLUSTER | TERMINAL
 
 
 def test_a_refusal_names_state_and_move() -> None:

@@ -183,6 +183,11 @@ class World:
         self.write_result(job_id, attempt, "failed", error_message="boom", **fields)
         self.cluster.finish(ids.submission_id(job_id, attempt), succeeded=False)
 
+    def stop(self, job_id: str, attempt: int = 1) -> None:
+        """It has seen its stop flag, and saved."""
+        self.write_result(job_id, attempt, "stopped")
+        self.cluster.finish(ids.submission_id(job_id, attempt))
+
     def die(self, job_id: str, attempt: int = 1) -> None:
         self.cluster.finish(ids.submission_id(job_id, attempt), succeeded=False, message="killed")
 

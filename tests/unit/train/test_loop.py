@@ -123,6 +123,23 @@ def test_logging_every_third_step_averages_over_all_rows(tmp_path, model_dir):
     assert third.values["train", 3]["loss"] == pytest.approx(sum(every.losses()[:3]) / 3)
 
 
+@pytest.mark.parametrize("kind", ["dpo-cached", "lora"])
+def test_stopped_and_resumed_run_is_the_unbroken_one_bit_for_bit(tmp_path, model_dir, kind):
+    """Stopped twice, each time where no checkpoint was due: no step is trained again, and none differs."""
+    options = {"save_every_steps": 100, "eval_every_steps": 3, "keep_checkpoints": 2, **KINDS[kind]}
+    whole, cut = make_job(tmp_path / "whole", model_dir, **options), make_job(tmp_path / "cut", model_dir, **options)
+    unbroken, parts = Recorder(), [Recorder() for _ in range(3)]
+    outcome = whole.train(reports=unbroken)
+    for steps, recorded in zip((2, 3), parts[:2], strict=True):
+        asked = iter([False] * steps + [True])
+        assert cut.train(stop=lambda asked=asked: next(asked), reports=recorded).stopped
+    assert (again := cut.train(reports=parts[2])).steps == outcome.steps == 6
+    assert [loss for recorded in parts for loss in recorded.losses()] == unbroken.losses()
+    assert again.trained_tokens == outcome.trained_tokens
+    for left, right in zip(weights(whole), weights(cut), strict=True):
+        assert same(left, right)
+
+
 def test_stop_saves_where_it_stands_and_goes_on_from_there(tmp_path, model_dir):
     job = make_job(tmp_path, model_dir, save_every_steps=100)
     asked = iter([False, False, False, True])
