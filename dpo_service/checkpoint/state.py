@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-OPTIMIZER, WEIGHTS, COUNTERS = "optimizer.safetensors", "weights.safetensors", "counters.json"
+OPTIMIZER, WEIGHTS = "optimizer.safetensors", "weights.safetensors"
+REFERENCE, COUNTERS = "reference.safetensors", "counters.json"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -21,6 +23,16 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(path))
+
+
+def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over names, types, shapes and bits; `tensors` lie in host memory."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        total.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
+        total.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def write_counters(directory: Path, counters: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ learning rate   the loss's own (specs/loss.py) times the multiplier; ten times t
 max_length      what the model allows, at most 1024
 precision       float32 on CPUs, bfloat16 on GPUs
 checkpointing   of activations: off on CPUs; on GPUs on where the longest micro-batch would keep over 16 GB of them
-reference       cached, where the method has one
+reference       cached, where the method has one; live, where it is refreshed
 beta and such   what the loss's authors use (specs/loss.py)
 seed            drawn
 """
@@ -64,7 +64,7 @@ def decide(
         model=source,
         data=_data(spec, training, validation, max_length, seed),
         loss=_loss(spec),
-        reference=ReferenceSpec(mode=_reference(spec)),
+        reference=ReferenceSpec(mode=_reference(spec), refresh=spec.reference_refresh),
         optim=_optim(spec),
         batch=batch,
         precision=_precision(spec),
@@ -158,7 +158,9 @@ def _loss(spec: JobSpec) -> LossSpec:
 def _reference(spec: JobSpec) -> Literal["cached", "live", "none"]:
     if spec.method.row.reference == "none":
         return "none"
-    return "cached" if spec.reference == "auto" else spec.reference
+    if spec.reference == "auto":
+        return "live" if spec.reference_refresh else "cached"
+    return spec.reference
 
 
 def _optim(spec: JobSpec) -> OptimSpec:

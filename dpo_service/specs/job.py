@@ -13,7 +13,7 @@ from dpo_service.specs.adapter import LoraSpec
 from dpo_service.specs.base import AUTO, Auto, Spec
 from dpo_service.specs.data import Truncation
 from dpo_service.specs.eval import CheckpointSpec, EvalSpec
-from dpo_service.specs.method import MethodSpec
+from dpo_service.specs.method import MethodSpec, RefreshSpec
 from dpo_service.specs.optim import LrSchedule
 from dpo_service.specs.resources import ResourceSpec
 
@@ -68,6 +68,8 @@ class JobSpec(Spec):
     micro_batch_size: Auto[Annotated[int, Field(ge=1, le=256)]] = AUTO
     """Rows a forward pass on one worker; the rest of its share is accumulated."""
     reference: Literal["auto", "cached", "live"] = "auto"
+    reference_refresh: RefreshSpec | None = None
+    """Let the reference follow the policy; it is computed live then."""
     logging_steps: Annotated[int, Field(ge=1)] = 1
     lora: LoraSpec | None = None
     resources: ResourceSpec = ResourceSpec()
@@ -94,6 +96,17 @@ class JobSpec(Spec):
             raise ValueError("validation_file and eval.split exclude each other; give one of them")
         if self.method.row.reference == "none" and self.reference != "auto":
             raise ValueError(f"method {self.method.type!r} has no reference; remove `reference`")
+        if self.reference_refresh is not None:
+            self._can_refresh()
         if self.eval.every_steps is not None and self.validation_file is None and self.eval.split == 0:
             raise ValueError("eval.every_steps needs rows to evaluate on; give validation_file or eval.split")
         return self
+
+    def _can_refresh(self) -> None:
+        if self.method.row.reference == "none":
+            raise ValueError(f"method {self.method.type!r} has no reference to refresh; remove `reference_refresh`")
+        if self.reference == "cached":
+            raise ValueError(
+                "reference_refresh moves the reference, and a cached one cannot move; "
+                "remove `reference`, or set it to live"
+            )

@@ -166,11 +166,21 @@ class MethodSpec(Spec):
         return asked.loss if isinstance(asked, DpoHyperparameters) else self.row.loss
 
 
+class RefreshSpec(Spec):
+    """Every `every_steps` steps (tau) the reference becomes alpha * policy + (1 - alpha) * reference (TR-DPO,
+    arXiv:2404.09656): alpha 1 is the hard update, less the soft one. With LoRA it is the adapters that are mixed."""
+
+    every_steps: Annotated[int, Field(ge=1)]
+    alpha: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
 class ReferenceSpec(Spec):
     """Which policy the loss measures against, and how its log-probabilities are had.
 
     `cached` computes them once, before training, as part of the dataset; `live` keeps a frozen copy beside the policy;
-    `none` is for losses without a reference. `model` is always the initial policy: pinned by `digest` at the start.
+    `none` is for losses without a reference. It is the initial policy, pinned by digest at the start; a live one may
+    follow the policy (`refresh`).
     """
 
     mode: Literal["cached", "live", "none"]
+    refresh: RefreshSpec | None = None

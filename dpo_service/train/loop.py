@@ -6,6 +6,7 @@
             │ stop asked? -> save, leave         (rank 0 asks, all ranks hear it)  │
             │ plan.assign(step) -> rows -> micro-batches -> train_step             │
             │ every logging_steps: report;  eval_every_steps: evaluate             │
+            │ a reference that moves: every reference_refresh.every_steps          │
             │ every save_every_steps and at the end: snapshot, a thread writes it  │
             └──────────────────────────────────────────────────────────────────────┘
 
@@ -95,7 +96,8 @@ class _Training:
         self._plan = plan = self._feed.plan
         check_reference(run, dataset, self._feed.rows, base_digest)
         checkpoint = agreed_checkpoint(store, run.job_id, ranks)
-        self._state = build_state(run, model_dir, checkpoint, ranks, plan.total_steps)
+        counters = counters_of(checkpoint, dataset, base_digest) if checkpoint else {}
+        self._state = build_state(run, model_dir, checkpoint, ranks, plan.total_steps, base_digest)
         self._paired = self._feed.rows.paired
         self._journal = Journal(
             run,
@@ -108,7 +110,7 @@ class _Training:
         self._saver = Saver(self._state, store, model_dir, base_digest, reports, checkpoint)
         self._step = 0
         if checkpoint is not None:
-            self._journal.resume(counters_of(checkpoint, dataset, base_digest), checkpoint.manifest.metrics)
+            self._journal.resume(counters, checkpoint.manifest.metrics)
             self._step = checkpoint.manifest.step
 
     def run_to_end(self) -> TrainOutcome:
@@ -132,6 +134,8 @@ class _Training:
             self._train_one()
             if self._due(self._run.eval_every_steps):
                 self._evaluate()
+            if self._state.moving is not None:
+                self._state.moving.after_step(self._step)
             if self._due(self._saver.every_steps):
                 self._save()
         return False

@@ -1,4 +1,4 @@
-"""The policy that the loss measures against: the initial one, always.
+"""The policy that the loss measures against: the initial one. (One that moves: moving.py.)
 
 Shapes: P pairs, S = 2P sequences, chosen first. Log-probabilities are float32 sums over the answer's tokens.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,24 @@ def cached_reference(batch: MicroBatch) -> tuple[Tensor, Tensor]:
 class LiveReference:
     """Computed beside the policy: by a frozen copy, or by the policy itself with its adapter off.
 
-    `ld_alpha` as in LossSpec: what the policy's tails count, the reference's do.
+    `ld_alpha` as in LossSpec: what the policy's tails count, the reference's do. `within` is what `model` is put in
+    while it computes, where that is something else.
     """
 
-    def __init__(self, model: Any, precision: str, ld_alpha: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: Any,
+        precision: str,
+        ld_alpha: float = 1.0,
+        *,
+        within: Callable[[], AbstractContextManager[None]] | None = None,
+    ) -> None:
         self._model, self._precision, self._ld_alpha = model, precision, ld_alpha
+        self._within = getattr(model, "disable_adapter", contextlib.nullcontext) if within is None else within
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        adapter_off = getattr(self._model, "disable_adapter", contextlib.nullcontext)
-        with adapter_off(), autocast(batch.input_ids_BL.device, self._precision):
+        with self._within(), autocast(batch.input_ids_BL.device, self._precision):
             completions = completion_logps(base_of(self._model), batch)
         logps_S = without_tail(completions.logps_S, completions.tail_S, self._ld_alpha)
         return logps_S[: batch.rows], logps_S[batch.rows :]

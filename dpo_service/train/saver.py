@@ -14,6 +14,7 @@ import copy
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,14 @@ class Saver:
             epoch=epoch,
             base_model=run.model.name,
             base_digest=self._base_digest,
-            reference_digest=None if run.reference.mode == "none" else self._base_digest,
             metrics=metrics,
             world_size=self._state.ranks.world,
         )
 
     def _publish(self, facts: CheckpointFacts, taken: saving.Snapshot, counters: dict[str, Any]) -> None:
         run = self._state.run
+        reference = saving.reference_digest(run, taken.reference, self._base_digest)
+        facts = replace(facts, reference_digest=reference)
         fill = partial(saving.write, taken=taken, run=run, model_dir=self._model_dir, counters=counters)
         manifest = publish(self._store, facts, fill)
         key = paths.checkpoint_dir(run.job_id, facts.step)
@@ -105,6 +107,8 @@ class Saver:
         pruned = prune(self._store, run.job_id, keep=run.keep_checkpoints, newest=facts.step)
         if self._reports is not None:
             self._reports.checkpoint(facts.step, key, manifest.digest, facts.metrics, pruned)
+            if taken.reference and reference is not None:
+                self._reports.reference(facts.step, reference)
 
 
 def _be_nice() -> None:

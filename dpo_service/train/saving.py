@@ -19,6 +19,7 @@ from torch import Tensor
 from dpo_service.checkpoint import state as files
 from dpo_service.checkpoint.format import ADAPTER, MODEL, STATE
 from dpo_service.checkpoint.load import Checkpoint
+from dpo_service.errors import CheckpointError
 from dpo_service.specs.run import RunSpec
 from dpo_service.train.optim import load_optimizer_tensors, optimizer_tensors, trained_parameters
 from dpo_service.train.policy import (
@@ -45,6 +46,8 @@ class Snapshot:
     trained: dict[str, Tensor]
     """By parameter name; shared with `model` where it is the whole model that is trained."""
     optimizer: dict[str, Tensor]
+    reference: dict[str, Tensor]
+    """The weights of a reference that moves; else empty."""
 
 
 @torch.no_grad()
@@ -59,9 +62,10 @@ def snapshot(state: TrainState) -> Snapshot | None:
     optimizer = _to_host(optimizer_tensors(state.optimizer, state.policy))
     # What is not trained does not change, so on a CPU it need not be copied.
     model |= _to_host({name: tensor for name, tensor in model.items() if tensor.device.type != "cpu"})
+    reference = _to_host(state.moving.weights if state.moving else {})
     if state.ranks.device.type == "cuda":
         torch.cuda.synchronize(state.ranks.device)
-    return Snapshot(state.policy, model, trained, optimizer)
+    return Snapshot(state.policy, model, trained, optimizer, reference)
 
 
 def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -81,6 +85,8 @@ def write(directory: Path, taken: Snapshot, run: RunSpec, model_dir: Path, count
     elif run.precision != "float32":
         files.write_tensors(directory / STATE / files.WEIGHTS, taken.trained)
     files.write_tensors(directory / STATE / files.OPTIMIZER, taken.optimizer)
+    if taken.reference:
+        files.write_tensors(directory / STATE / files.REFERENCE, taken.reference)
     files.write_counters(directory / STATE, counters)
 
 
@@ -103,6 +109,22 @@ def load_policy(run: RunSpec, model_dir: Path, checkpoint: Checkpoint | None, de
 def restore_optimizer(state: TrainState, checkpoint: Checkpoint) -> None:
     tensors = files.read_tensors(checkpoint.state / files.OPTIMIZER)
     load_optimizer_tensors(state.optimizer, state.policy, tensors)
+
+
+def reference_digest(run: RunSpec, weights: Mapping[str, Tensor], base_digest: str) -> str | None:
+    """What identifies the reference: the model it is, or the weights it has moved to."""
+    if run.reference.mode == "none":
+        return None
+    return files.digest_tensors(weights) if run.reference.refresh else base_digest
+
+
+def restore_reference(state: TrainState, checkpoint: Checkpoint, base_digest: str) -> None:
+    """Raises CheckpointError when the reference is not the one the checkpoint was trained against."""
+    weights = files.read_tensors(checkpoint.state / files.REFERENCE) if state.moving else {}
+    if reference_digest(state.run, weights, base_digest) != checkpoint.manifest.reference_digest:
+        raise CheckpointError(f"{checkpoint.key} was trained against another reference; start a new job")
+    if state.moving is not None:
+        state.moving.load(weights)
 
 
 def counters(checkpoint: Checkpoint) -> dict[str, Any]:

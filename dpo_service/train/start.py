@@ -1,12 +1,15 @@
 """Where a run begins: the base model, or the newest checkpoint that verifies.
 
-The reference is the job's own base model in either case, pinned by digest, never the resumed weights.
+The reference is the job's own base model in either case, pinned by digest, never the resumed weights; unless it moves,
+when it too comes from the checkpoint.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dpo_service.checkpoint.load import Checkpoint, newest_valid, opened
 from dpo_service.errors import CheckpointError, TrainingError
@@ -15,9 +18,10 @@ from dpo_service.specs.run import RunSpec
 from dpo_service.storage.store import Store
 from dpo_service.train import saving
 from dpo_service.train.layers import prepare_layers
+from dpo_service.train.moving import MovingReference
 from dpo_service.train.optim import build_optimizer
 from dpo_service.train.ranks import Ranks
-from dpo_service.train.reference import build_reference
+from dpo_service.train.reference import Reference, build_reference
 from dpo_service.train.rows import RowTable
 from dpo_service.train.step import TrainState
 
@@ -32,16 +36,28 @@ def agreed_checkpoint(store: Store, job_id: str, ranks: Ranks) -> Checkpoint | N
 
 
 def build_state(
-    run: RunSpec, model_dir: Path, checkpoint: Checkpoint | None, ranks: Ranks, total_steps: int
+    run: RunSpec, model_dir: Path, checkpoint: Checkpoint | None, ranks: Ranks, total_steps: int, base_digest: str
 ) -> TrainState:
-    """Policy and optimizer as at the start of the run, or as `checkpoint` left them; the reference beside them."""
+    """Policy, optimizer and a reference that moves as at the start of the run, or as `checkpoint` left them; one that
+    does not move is the base model's.
+
+    Raises:
+        CheckpointError: the checkpoint was trained against another reference.
+    """
     policy = saving.load_policy(run, model_dir, checkpoint, ranks.device)
     prepare_layers(policy, run)
-    reference = build_reference(run.reference.mode, policy, model_dir, run.precision, ranks.device, run.loss.ld_alpha)
+    reference = _reference(run, policy, model_dir, ranks.device)
     state = TrainState(run, policy, reference, build_optimizer(policy, run.optim), ranks, total_steps)
     if checkpoint is not None:
         saving.restore_optimizer(state, checkpoint)
+        saving.restore_reference(state, checkpoint, base_digest)
     return state
+
+
+def _reference(run: RunSpec, policy: Any, model_dir: Path, device: torch.device) -> Reference:
+    if run.reference.refresh is not None:
+        return MovingReference(policy, model_dir, run.reference.refresh, run.precision, run.loss.ld_alpha)
+    return build_reference(run.reference.mode, policy, model_dir, run.precision, device, run.loss.ld_alpha)
 
 
 def counters_of(checkpoint: Checkpoint, dataset: DatasetManifest, base_digest: str) -> dict[str, Any]:

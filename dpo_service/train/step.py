@@ -23,6 +23,7 @@ from dpo_service.train.batch import MicroBatch
 from dpo_service.train.guard import Guard
 from dpo_service.train.logprobs import Completions, completion_logps
 from dpo_service.train.losses import LossInputs, pair_weights, row_losses
+from dpo_service.train.moving import MovingReference
 from dpo_service.train.optim import clip_gradients, learning_rate, trained_parameters
 from dpo_service.train.policy import adapter_dropout, autocast, base_of
 from dpo_service.train.ranks import Ranks
@@ -44,6 +45,10 @@ class TrainState:
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.optimizer, self.ranks.device)
+
+    @property
+    def moving(self) -> MovingReference | None:
+        return self.reference if isinstance(self.reference, MovingReference) else None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class Tracked:
     def __init__(self, reporter: Reporter, run: RunSpec) -> None:
         self._reporter = reporter
         self._trackers = [t for t in (self._open(i, run) for i in run.integrations) if t is not None]
-        self.message, self.checkpoint, self.progress = reporter.message, reporter.checkpoint, reporter.progress
+        self.message, self.progress = reporter.message, reporter.progress
+        self.checkpoint, self.reference = reporter.checkpoint, reporter.reference
 
     def metrics(self, split: str, step: int, values: dict[str, float], text: str) -> None:
         self._reporter.metrics(split, step, values, text)

@@ -9,6 +9,7 @@ import pytest
 from dpo_service.checkpoint.load import newest_valid
 from dpo_service.errors import CheckpointError, NonFiniteLoss, TrainingError
 from dpo_service.specs.adapter import LoraSpec
+from dpo_service.specs.method import RefreshSpec
 from dpo_service.storage import paths
 from tests.unit.train.training_kit import Recorder, build_model, make_job, same, weights
 
@@ -19,6 +20,13 @@ KINDS = {
     "sft": {"loss": "sft"},
     "lora": {"reference": "live", "lora": LoraSpec(rank=4, dropout=0.1)},
     "bfloat16": {"precision": "bfloat16"},
+    "refresh-hard": {"reference": "live", "refresh": RefreshSpec(every_steps=2)},
+    "refresh-soft": {"reference": "live", "refresh": RefreshSpec(every_steps=1, alpha=0.6), "precision": "bfloat16"},
+    "refresh-lora": {
+        "reference": "live",
+        "refresh": RefreshSpec(every_steps=3, alpha=0.5),
+        "lora": LoraSpec(rank=4, dropout=0.1),
+    },
 }
 
 
@@ -53,6 +61,7 @@ def test_resumed_run_is_the_unbroken_one_bit_for_bit(tmp_path, model_dir, kind):
         again = job.train(reports=resumed)
         assert resumed.losses() == recorded.losses()
         assert resumed.losses("eval") == recorded.losses("eval")
+        assert resumed.references == recorded.references
         assert (again.steps, again.trained_tokens) == (outcome.steps, outcome.trained_tokens)
         for left, right in zip(weights(whole), weights(job), strict=True):
             assert same(left, right)

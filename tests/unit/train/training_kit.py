@@ -16,7 +16,7 @@ from dpo_service.checkpoint.load import newest_valid, opened
 from dpo_service.manifests.dataset import DatasetManifest, DatasetReport, SplitManifest
 from dpo_service.specs.data import DataSpec
 from dpo_service.specs.loss import LOSS_TABLE, LossSpec
-from dpo_service.specs.method import ReferenceSpec
+from dpo_service.specs.method import ReferenceSpec, RefreshSpec
 from dpo_service.specs.optim import OptimSpec
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import BatchSpec, ModelSource, RunSpec
@@ -107,6 +107,7 @@ def make_job(
     *,
     loss: str = "sigmoid",
     reference: str = "cached",
+    refresh: RefreshSpec | None = None,
     rows: int = 48,
     validation: int = 8,
     steps: int = 6,
@@ -154,7 +155,7 @@ def make_job(
             shuffle=shuffle,
         ),
         loss=LossSpec(name=loss, **options),
-        reference=ReferenceSpec(mode=reference if referenced else "none"),
+        reference=ReferenceSpec(mode=reference if referenced else "none", refresh=refresh),
         optim=OptimSpec(learning_rate=learning_rate, weight_decay=weight_decay),
         batch=BatchSpec(batch_size=batch_size, micro_batch_size=micro_batch_size, n_epochs=50, max_steps=steps),
         precision=run_options.pop("precision", "float32"),
@@ -173,6 +174,7 @@ class Recorder:
         self.values: dict[tuple[str, int], dict[str, float]] = {}
         self.checkpoints: list[int] = []
         self.messages: list[str] = []
+        self.references: dict[int, str] = {}
 
     def message(self, text):
         self.messages.append(text)
@@ -182,6 +184,9 @@ class Recorder:
 
     def checkpoint(self, step, storage_key, digest, metrics, pruned):
         self.checkpoints.append(step)
+
+    def reference(self, step, digest):
+        self.references[step] = digest
 
     def progress(self, stage, done, total, text):
         pass
