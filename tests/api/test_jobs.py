@@ -14,6 +14,7 @@ from dpo_service.reports import Report
 from dpo_service.storage import paths
 from tests.api.conftest import lines, save_model
 
+UNWEIGHTED = {"wpo": False, "ld_alpha": 1}
 ALWAYS = ("batch_size", "n_epochs", "learning_rate_multiplier")
 
 
@@ -71,13 +72,16 @@ async def test_create_answers_with_every_number_decided(api):
 @pytest.mark.parametrize(
     ("asked", "shown"),
     [
-        ({"type": "dpo"}, {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0, "length_penalty": 0, "rpo_alpha": 0}),
+        (
+            {"type": "dpo"},
+            {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0, "length_penalty": 0, "rpo_alpha": 0, **UNWEIGHTED},
+        ),
         (
             {"type": "dpo", "dpo": {"hyperparameters": {"loss": "discopop", "rpo_alpha": 0.5}}},
-            {"loss": "discopop", "beta": 0.1, "discopop_tau": 0.05, "rpo_alpha": 0.5},
+            {"loss": "discopop", "beta": 0.1, "discopop_tau": 0.05, "rpo_alpha": 0.5, **UNWEIGHTED},
         ),
         ({"type": "orpo"}, {"lam": 0.1}),
-        ({"type": "ipo"}, {"beta": 0.1, "length_normalize": True, "rpo_alpha": 0}),
+        ({"type": "ipo"}, {"beta": 0.1, "length_normalize": True, "rpo_alpha": 0, "wpo": False}),
     ],
 )
 async def test_a_job_shows_the_numbers_its_loss_takes_and_can_be_sent_again(api, asked, shown):
