@@ -137,7 +137,11 @@ def train_ours(setting: Setting, columns: Columns, turns: Turns) -> list[float]:
     from dpo_service.train.step import TrainState, train_step
 
     run, losses = _run_spec(setting), []
-    scorer = ReferenceScorer(str(setting.model_dir), setting.precision, setting.batch)
+    scorer = ReferenceScorer(
+        str(setting.model_dir),
+        setting.precision,
+        run.batch,
+    )
     rows = RowTable(scorer(pa.table(columns)))
     policy = load_model(setting.model_dir)
     state = TrainState(run, policy, cached_reference, build_optimizer(policy, run.optim), Ranks(), setting.steps)
@@ -165,7 +169,13 @@ def _run_spec(setting: Setting) -> Any:
         loss=LossSpec(name="sigmoid", beta=0.1),
         reference=ReferenceSpec(mode="cached"),
         optim=OptimSpec(learning_rate=RATE, lr_schedule="constant", warmup_ratio=0.0, weight_decay=0.0),
-        batch=BatchSpec(batch_size=setting.batch, micro_batch_size=setting.batch, n_epochs=1, max_steps=setting.steps),
+        batch=BatchSpec(
+            batch_size=setting.batch,
+            micro_batch_size=setting.batch,
+            micro_batch_tokens=2**24,
+            n_epochs=1,
+            max_steps=setting.steps,
+        ),
         precision=setting.precision,
         resources=ResourceSpec(),
         seed=0,

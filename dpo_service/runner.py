@@ -157,7 +157,7 @@ def _prepare(store: Store, spec: AttemptSpec, model_dir: Path, digest: str, repo
 
     run = spec.run
     cached = run.reference.mode == "cached"
-    scorer = partial(ReferenceScorer, str(model_dir), run.precision, run.batch.micro_batch_size, run.loss.ld_alpha)
+    scorer = partial(ReferenceScorer, str(model_dir), run.precision, run.batch, run.loss.ld_alpha)
     return prepare(
         store,
         run.data,

@@ -2,7 +2,7 @@
 
 batch_size      a twentieth of the training rows, 1 to 32, at least one row a worker: 20 steps an epoch
 n_epochs        3 below 2,000 training rows, 2 below 20,000, else 1
-micro_batch     a worker's share of the batch, while its tokens at full length stay under 8,192
+micro_batch     of a worker's share of the batch as many rows as hold 8,192 tokens
 learning rate   the loss's own (specs/loss.py) times the multiplier; ten times that with LoRA
 max_length      what the model allows, at most 1024
 precision       float32 on CPUs, bfloat16 on GPUs
@@ -26,6 +26,7 @@ from dpo_service.specs.job import JobSpec
 from dpo_service.specs.loss import LOSS_TABLE, LossSpec
 from dpo_service.specs.method import ReferenceSpec
 from dpo_service.specs.optim import OptimSpec
+from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import BatchSpec, ModelSource, RunSpec
 
 DEFAULT_MAX_LENGTH = 1024
@@ -57,7 +58,7 @@ def decide(
     Raises:
         InvalidSpec: the batch, the workers and the rows do not go together.
     """
-    batch = _batch(spec, rows, max_length)
+    batch = _batch(spec, rows)
     return RunSpec(
         job_id=job_id,
         method=spec.method.type,
@@ -71,7 +72,7 @@ def decide(
         activation_checkpointing=_activation_checkpointing(spec, batch, max_length, layer_width),
         compile=spec.compile,
         lora=spec.lora,
-        resources=spec.resources,
+        resources=_resources(spec),
         seed=seed,
         logging_steps=spec.logging_steps,
         eval_every_steps=spec.eval.every_steps,
@@ -99,14 +100,15 @@ def max_length(spec: JobSpec, allowed: int) -> int:
     return spec.max_length
 
 
-def _batch(spec: JobSpec, rows: int, length: int) -> BatchSpec:
+def _batch(spec: JobSpec, rows: int) -> BatchSpec:
     asked, workers = spec.method.hyperparameters, spec.resources.workers
     size = chosen_or(asked.batch_size, max(workers, min(MAX_AUTO_BATCH, max(1, rows // STEPS_AN_EPOCH))))
     _require_fit(spec, size, rows)
     share = -(-size // workers)
     return BatchSpec(
         batch_size=size,
-        micro_batch_size=chosen_or(spec.micro_batch_size, max(1, min(share, MICRO_BATCH_TOKENS // length))),
+        micro_batch_size=chosen_or(spec.micro_batch_size, share),
+        micro_batch_tokens=chosen_or(spec.micro_batch_tokens, MICRO_BATCH_TOKENS),
         n_epochs=chosen_or(asked.n_epochs, 3 if rows < 2_000 else 2 if rows < 20_000 else 1),
         max_steps=spec.max_steps,
     )
@@ -179,6 +181,12 @@ def _activation_checkpointing(spec: JobSpec, batch: BatchSpec, length: int, laye
     """A packed row holds at most both answers and a prompt of each pair."""
     kept = ACTIVATION_BYTES * layer_width * batch.micro_batch_size * 2 * length
     return chosen_or(spec.activation_checkpointing, bool(spec.resources.gpus_per_worker) and kept > ACTIVATION_LIMIT)
+
+
+def _resources(spec: JobSpec) -> ResourceSpec:
+    if spec.resources.strategy == "fsdp":
+        raise InvalidSpec("strategy 'fsdp' cannot be had; use 'ddp' or 'auto'", param="resources.strategy")
+    return spec.resources.model_copy(update={"strategy": "ddp"})
 
 
 def _precision(spec: JobSpec) -> Literal["float32", "bfloat16"]:

@@ -63,19 +63,22 @@ class BatchPlan:
     def tokens(self, step: int) -> int:
         return int(self._lengths[self.rows(step)].sum())
 
-    def assign(self, step: int, world_size: int, micro_batch_size: int) -> list[list[list[int]]]:
+    def assign(
+        self, step: int, world_size: int, micro_batch_size: int, micro_batch_tokens: int | None = None
+    ) -> list[list[list[int]]]:
         """Row indices by rank and micro-batch: [rank][micro][row].
 
         The union over the ranks is `rows(step)`, whatever the world size. Ranks hold equally many rows but for one, and
-        nearly equally many tokens; all have the same number of micro-batches, of at most `micro_batch_size` rows.
+        nearly equally many tokens; all have the same number of micro-batches, of at most `micro_batch_size` rows and
+        `micro_batch_tokens` tokens (None = any number), but for a row that is longer by itself. One may be empty only
+        where a rank has fewer rows than micro-batches.
         """
         rows = self.rows(step)
-        shares = _balance(self._lengths[rows], world_size, -(-len(rows) // world_size))
-        n_micro = -(-max(len(share) for share in shares) // micro_batch_size)
-        return [
-            [[rows[i] for i in sorted(micro)] for micro in _micro_batches(share, self._lengths[rows], n_micro)]
-            for share in shares
-        ]
+        lengths = self._lengths[rows]
+        shares = _balance(lengths, world_size, -(-len(rows) // world_size))
+        parts = [micro_batches(share, lengths, micro_batch_size, micro_batch_tokens) for share in shares]
+        n_micro = max(len(part) for part in parts)
+        return [[[rows[i] for i in sorted(micro)] for micro in _in_exactly(n_micro, part)] for part in parts]
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if not self._shuffle:
@@ -98,7 +101,29 @@ def _balance(lengths: NDArray[np.int64], ranks: int, capacity: int) -> list[list
     return shares
 
 
-def _micro_batches(share: list[int], lengths: NDArray[np.int64], n_micro: int) -> list[list[int]]:
-    """`share` in `n_micro` runs of similar length, whose sizes differ by one at most; a run may be empty."""
-    ordered = sorted(share, key=lambda position: (-int(lengths[position]), position))
-    return [part.tolist() for part in np.array_split(np.asarray(ordered, np.int64), n_micro)]
+def micro_batches(
+    rows: Sequence[int], lengths: NDArray[np.int64], max_rows: int, max_tokens: int | None
+) -> list[list[int]]:
+    """`rows` (places in `lengths`) in runs of similar length, the longest first, each as large as the limits allow."""
+    runs: list[list[int]] = []
+    tokens = 0
+    for row in sorted(rows, key=lambda row: (-int(lengths[row]), row)):
+        length = int(lengths[row])
+        full = not runs or len(runs[-1]) == max_rows or (max_tokens is not None and tokens + length > max_tokens)
+        if full:
+            runs.append([])
+            tokens = 0
+        runs[-1].append(row)
+        tokens += length
+    return runs
+
+
+def _in_exactly(number: int, runs: list[list[int]]) -> list[list[int]]:
+    """The same rows in `number` runs: those with the most rows are halved, and where there is nothing to halve, empty
+    ones come last."""
+    runs = list(runs)
+    while len(runs) < number and any(len(run) > 1 for run in runs):
+        place = max(range(len(runs)), key=lambda i: (len(runs[i]), -i))
+        half = -(-len(runs[place]) // 2)
+        runs[place : place + 1] = [runs[place][:half], runs[place][half:]]
+    return runs + [[] for _ in range(number - len(runs))]

@@ -66,7 +66,9 @@ class JobSpec(Spec):
     shuffle: bool = True
     """False keeps the file's order."""
     micro_batch_size: Auto[Annotated[int, Field(ge=1, le=256)]] = AUTO
-    """Rows a forward pass on one worker; the rest of its share is accumulated."""
+    """Rows a forward pass on one worker, at most; the rest of its share is accumulated."""
+    micro_batch_tokens: Auto[Annotated[int, Field(ge=64, le=2**24)]] = AUTO
+    """Tokens a forward pass on one worker, at most, a pair's prompt counted once; a longer row goes alone."""
     reference: Literal["auto", "cached", "live"] = "auto"
     reference_refresh: RefreshSpec | None = None
     """Let the reference follow the policy; it is computed live then."""

@@ -15,4 +15,5 @@ class ResourceSpec(Spec):
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
     """0 trains on the CPU (gloo), 1 on a GPU (nccl)."""
     cpus_per_worker: Annotated[int, Field(ge=1, le=256)] = 1
-    strategy: Literal["ddp"] = "ddp"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: every worker holds the whole model; fsdp: each holds a share of weights, gradients and optimizer."""

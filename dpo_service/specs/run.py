@@ -31,7 +31,9 @@ class BatchSpec(Spec):
     batch_size: int
     """Rows a step over all workers (pairs, or answers)."""
     micro_batch_size: int
-    """Rows a forward pass on one worker."""
+    """Rows a forward pass on one worker, at most."""
+    micro_batch_tokens: int = 8192
+    """Their tokens, at most, a prompt counted once; a longer row goes alone."""
     n_epochs: int
     max_steps: int | None = None
 

@@ -13,7 +13,7 @@ of which sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,6 +50,8 @@ class MicroBatch:
     """1 = a token, 0 = padding; None = packed."""
     ref_chosen_P: Tensor | None = None
     ref_rejected_P: Tensor | None = None
+    blank: bool = False
+    """Computed, because sharded ranks must take part in each other's sums, and not counted."""
 
     @property
     def paired(self) -> bool:
@@ -63,7 +65,14 @@ class MicroBatch:
         return counts_S.index_add_(0, self.owner_C, torch.ones_like(self.owner_C))
 
     def to(self, device: torch.device) -> MicroBatch:
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        """A copy in pinned memory arrives without anybody waiting for it."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> MicroBatch:
+        tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)  # type: ignore[arg-type]
 
 

@@ -1,14 +1,23 @@
-"""The rows of a run, as this rank's micro-batches of a step."""
+"""The rows of a run, as this rank's micro-batches of a step.
+
+    loop:    batches(n) ─────────> train_step(n) ─────────> batches(n + 1)
+    thread:      └─> rows of step n + 1 ─> collate ─> pinned memory ─┘
+
+One thread prepares the next step while this one is computed, and nothing else: what it makes is a function of the step.
+An error in it is raised by `batches`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
 from dpo_service.errors import TrainingError
 from dpo_service.manifests.dataset import DatasetManifest
-from dpo_service.rows.plan import BatchPlan
+from dpo_service.rows.plan import BatchPlan, micro_batches
 from dpo_service.specs.run import RunSpec
 from dpo_service.storage.store import Store
 from dpo_service.train.batch import MicroBatch, collate
@@ -30,11 +39,32 @@ class Feed:
         self.validation = RowTable.load(store, dataset.validation) if dataset.validation else None
         self.plan = _plan(run, dataset, self.rows)
         self._answer_tokens = self.rows.answer_tokens
+        self._sharded = run.resources.strategy == "fsdp"
+        self._thread = ThreadPoolExecutor(1, "feed")
+        self._ahead: dict[int, Future[list[MicroBatch]]] = {}
 
     def batches(self, step: int) -> list[MicroBatch]:
-        """This rank's share of step number `step`, from 0; it may be empty."""
-        assigned = self.plan.assign(step, self._ranks.world, self._run.batch.micro_batch_size)
-        return [collate(self.rows.take(micro)) for micro in assigned[self._ranks.rank] if len(micro)]
+        """This rank's share of step number `step`, from 0; it may be empty, unless the model is sharded."""
+        prepared = self._ahead.pop(step, None) or self._thread.submit(self._prepare, step)
+        if step + 1 < self.plan.total_steps:
+            self._ahead[step + 1] = self._thread.submit(self._prepare, step + 1)
+        return prepared.result()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _prepare(self, step: int) -> list[MicroBatch]:
+        batch = self._run.batch
+        assigned = self.plan.assign(step, self._ranks.world, batch.micro_batch_size, batch.micro_batch_tokens)
+        made = [self._collated(self.rows, rows) for rows in assigned[self._ranks.rank] if rows or self._sharded]
+        return [micro.pinned() for micro in made] if self._ranks.device.type == "cuda" else made
+
+    def _collated(self, table: RowTable, rows: Sequence[int]) -> MicroBatch:
+        """Without rows, a blank one of the table's shortest row."""
+        if not len(rows):
+            return replace(collate(table.take([int(np.argmin(table.lengths))])), blank=True)
+        return collate(table.take(rows))
 
     def divisor(self, step: int) -> float:
         """What the step's summed loss is divided by, over all ranks: its rows, or its (chosen) answers' tokens."""
@@ -45,9 +75,12 @@ class Feed:
         """This rank's share of the validation split, rows of like length together."""
         if self.validation is None:
             return
-        order, size = np.argsort(self.validation.lengths, kind="stable"), self._run.batch.micro_batch_size
-        for start in range(self._ranks.rank * size, len(order), self._ranks.world * size):
-            yield collate(self.validation.take(order[start : start + size]))
+        batch, lengths = self._run.batch, self.validation.lengths
+        runs = micro_batches(range(len(lengths)), lengths, batch.micro_batch_size, batch.micro_batch_tokens)
+        while self._sharded and len(runs) % self._ranks.world:
+            runs.append([])
+        for rows in runs[self._ranks.rank :: self._ranks.world]:
+            yield self._collated(self.validation, rows)
 
 
 def _plan(run: RunSpec, dataset: DatasetManifest, rows: RowTable) -> BatchPlan:

@@ -118,6 +118,7 @@ class _Training:
             stopped = self._go()
             self._saver.settle()
         finally:
+            self._feed.close()
             self._saver.close()
         key, digest = self._saver.newest or (None, None)
         return TrainOutcome(key, digest, self._step, self._journal.tokens, stopped, self._journal.latest)
@@ -172,7 +173,9 @@ class _Training:
             started = monotonic()
             sums = metrics.empty(self._paired, self._ranks.device)
             for batch in self._feed.validation_batches():
-                sums.add(evaluate_batch(self._state, batch))
+                values = evaluate_batch(self._state, batch)
+                if not batch.blank:
+                    sums.add(values)
             self._ranks.sum_tensor(sums.values_N)
             self._journal.tell_validation(self._step, sums.read(), monotonic() - started)
 

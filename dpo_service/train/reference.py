@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from dpo_service.errors import TrainingError
+from dpo_service.rows.plan import micro_batches
+from dpo_service.specs.run import BatchSpec
 from dpo_service.train.batch import MicroBatch, collate
 from dpo_service.train.logprobs import completion_logps
 from dpo_service.train.losses import without_tail
@@ -87,22 +89,21 @@ class ReferenceScorer:
     It uses as many threads as OMP_NUM_THREADS says, and a GPU where it is given one.
     """
 
-    def __init__(self, model_dir: str, precision: str, micro_batch_size: int, ld_alpha: float = 1.0) -> None:
+    def __init__(self, model_dir: str, precision: str, batch: BatchSpec, ld_alpha: float = 1.0) -> None:
         if threads := os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = load_model(Path(model_dir), self._device).requires_grad_(False)
         self._reference = LiveReference(model, precision, ld_alpha)
-        self._micro_batch_size = micro_batch_size
+        self._batch = batch
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`batch` (columns prompt, chosen, rejected: lists of token ids) with float32 columns ref_chosen,
         ref_rejected added. Rows of like length are computed together; their order stays."""
         rows = RowTable(batch)
         scores = np.zeros((2, len(rows)), dtype=np.float32)
-        order = np.argsort(rows.lengths, kind="stable")
-        for start in range(0, len(order), self._micro_batch_size):
-            indices = order[start : start + self._micro_batch_size]
+        limits = self._batch.micro_batch_size, self._batch.micro_batch_tokens
+        for indices in micro_batches(range(len(rows)), rows.lengths, *limits):
             chosen_P, rejected_P = self._reference(collate(rows.take(indices)).to(self._device))
             scores[:, indices] = torch.stack([chosen_P, rejected_P]).cpu().numpy()
         for name, column in zip(("ref_chosen", "ref_rejected"), scores, strict=True):

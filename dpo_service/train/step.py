@@ -70,7 +70,9 @@ def train_step(state: TrainState, step: int, batches: Sequence[MicroBatch], divi
     sums = metrics.empty(paired, state.ranks.device)
     with adapter_dropout(state.policy, _seed(state.run.seed, step, state.ranks.rank)):
         for batch in batches:
-            sums.add(_accumulate(state, batch.to(state.ranks.device), divisor))
+            values = _accumulate(state, batch.to(state.ranks.device), divisor)
+            if not batch.blank:
+                sums.add(values)
     state.ranks.sum_tensor(sums.values_N)
     parameters = list(trained_parameters(state.policy).values())
     state.ranks.sum_gradients(parameters)
@@ -92,7 +94,7 @@ def evaluate_batch(state: TrainState, batch: MicroBatch) -> dict[str, Tensor | f
 
 def _accumulate(state: TrainState, batch: MicroBatch, divisor: float) -> dict[str, Tensor | float]:
     loss_P, sums = _forward(state, batch)
-    (loss_P.sum() / divisor).backward()  # type: ignore[no-untyped-call]
+    ((loss_P.sum() * 0.0 if batch.blank else loss_P.sum()) / divisor).backward()  # type: ignore[no-untyped-call]
     return sums
 
 

@@ -81,7 +81,8 @@ async def test_every_number_left_open_is_decided(ready: World) -> None:
     assert report.kept == 12
     numbers = LOSS_TABLE["sigmoid"].options
     assert run.loss.model_dump() == {"name": "sigmoid", **numbers}
-    assert run.batch.model_dump() == {"batch_size": 1, "micro_batch_size": 1, "n_epochs": 3, "max_steps": None}
+    micro = {"micro_batch_size": 1, "micro_batch_tokens": 8192}
+    assert run.batch.model_dump() == {"batch_size": 1, **micro, "n_epochs": 3, "max_steps": None}
     assert (run.data.max_length, run.precision, run.reference.mode) == (256, "float32", "cached")
     assert run.optim.learning_rate == 5e-6
     assert run.model.path == str(ready.store.path(paths.user_model("base")))
@@ -95,8 +96,10 @@ async def test_what_the_user_says_is_kept(ready: World) -> None:
         method=dpo(batch_size=4, beta=0.5, n_epochs=7, label_smoothing=0.1),
         learning_rate=1e-3, seed=5, max_length=100, precision="bfloat16", reference="live", micro_batch_size=2,
         max_steps=9, shuffle=False, suffix="mine", resources={"workers": 2}, logging_steps=3, truncation="cut",
+        micro_batch_tokens=500,
     )  # fmt: skip
-    assert run.batch.model_dump() == {"batch_size": 4, "micro_batch_size": 2, "n_epochs": 7, "max_steps": 9}
+    micro = {"micro_batch_size": 2, "micro_batch_tokens": 500}
+    assert run.batch.model_dump() == {"batch_size": 4, **micro, "n_epochs": 7, "max_steps": 9}
     assert (run.loss.beta, run.loss.label_smoothing) == (0.5, 0.1)
     assert (run.optim.learning_rate, run.seed, run.data.seed) == (1e-3, 5, 5)
     assert (run.data.max_length, run.data.shuffle, run.data.truncation) == (100, False, "cut")

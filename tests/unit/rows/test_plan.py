@@ -25,17 +25,21 @@ def test_every_row_comes_once_an_epoch(size, shuffle, seed):
             assert list(chain(*rows)) == list(range(n_rows))
 
 
-@given(sizes, st.integers(1, 5), st.integers(1, 4), st.integers(0, 99), st.data())
-def test_ranks_share_each_step_whole_and_call_equally_often(size, world_size, micro, seed, data):
+@given(sizes, st.integers(1, 5), st.integers(1, 4), st.none() | st.integers(64, 5000), st.integers(0, 99), st.data())
+def test_ranks_share_each_step_whole_and_call_equally_often(size, world_size, micro, budget, seed, data):
     n_rows, batch_size, n_epochs = size
     lengths = data.draw(st.lists(st.integers(1, 2000), min_size=n_rows, max_size=n_rows))
     plan = BatchPlan(n_rows, batch_size, n_epochs, None, True, seed, lengths)
     for step in range(plan.steps_per_epoch):
-        shares = plan.assign(step, world_size, micro)
+        shares = plan.assign(step, world_size, micro, budget)
         assert len(shares) == world_size
         assert sorted(row for share in shares for part in share for row in part) == sorted(plan.rows(step))
         assert len({len(share) for share in shares}) == 1
         assert all(len(part) <= micro for share in shares for part in share)
+        if budget is not None:
+            long = [part for share in shares for part in share if sum(lengths[row] for row in part) > budget]
+            assert all(len(part) == 1 for part in long)
+        assert all(all(share) or all(len(part) <= 1 for part in share) for share in shares)
         counts = [sum(map(len, share)) for share in shares]
         assert max(counts) - min(counts) <= 1
 
@@ -51,6 +55,13 @@ def test_the_plan_is_a_function_of_its_arguments():
 def test_one_rank_with_room_keeps_the_plans_order():
     plan = BatchPlan(10, 4, 1, None, True, 3, list(range(10, 0, -1)))
     assert plan.assign(0, 1, 4) == [[plan.rows(0)]]
+
+
+def test_micro_batches_fill_their_budget():
+    lengths = [10, 300, 20, 90, 40, 60, 30]
+    plan = BatchPlan(7, 7, 1, None, False, 0, lengths)
+    assert plan.assign(0, 1, 64, 100) == [[[1], [3], [4, 5], [0, 2, 6]]]
+    assert plan.assign(0, 1, 2, 100) == [[[1], [3], [4, 5], [2, 6], [0]]]
 
 
 def test_ranks_hold_nearly_equally_many_tokens():

@@ -8,12 +8,15 @@ import pyarrow as pa
 import pytest
 import torch
 
+from dpo_service.specs.run import BatchSpec
 from dpo_service.train.batch import collate
 from dpo_service.train.logprobs import completion_logps, split_head
 from dpo_service.train.policy import load_model
 from dpo_service.train.reference import ReferenceScorer
 from dpo_service.train.rows import Example, RowTable
 from tests.unit.train.training_kit import as_table, random_rows
+
+FOUR = BatchSpec(batch_size=4, micro_batch_size=4, n_epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +129,7 @@ def test_batch_counts(examples):
 
 def test_scorer_adds_columns_in_the_rows_own_order(model, model_dir, examples):
     table = as_table(random_rows(6))
-    scored = ReferenceScorer(str(model_dir), "float32", 4)(table)
+    scored = ReferenceScorer(str(model_dir), "float32", FOUR)(table)
     assert scored.column_names == [*table.column_names, "ref_chosen", "ref_rejected"]
     assert scored.schema.field("ref_chosen").type == pa.float32()
     logps = completion_logps(model, collate(examples)).logps_S
@@ -135,5 +138,5 @@ def test_scorer_adds_columns_in_the_rows_own_order(model, model_dir, examples):
 
 
 def test_scorer_takes_an_empty_batch(model_dir):
-    scored = ReferenceScorer(str(model_dir), "float32", 4)(as_table(random_rows(3)).slice(0, 0))
+    scored = ReferenceScorer(str(model_dir), "float32", FOUR)(as_table(random_rows(3)).slice(0, 0))
     assert scored.num_rows == 0

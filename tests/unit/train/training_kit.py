@@ -113,6 +113,7 @@ def make_job(
     steps: int = 6,
     batch_size: int = 8,
     micro_batch_size: int = 4,
+    micro_batch_tokens: int = 8192,
     learning_rate: float = 3e-3,
     columns: dict[str, list] | None = None,
     label_smoothing: float | None = None,
@@ -129,7 +130,12 @@ def make_job(
         tables["validation"] = as_table(random_rows(validation, paired=paired, seed=1))
     base = digest_of(model_dir)
     if referenced and reference == "cached":
-        scorer = ReferenceScorer(str(model_dir), "float32", 8, options.get("ld_alpha", 1.0))
+        scorer = ReferenceScorer(
+            str(model_dir),
+            "float32",
+            BatchSpec(batch_size=8, micro_batch_size=8, n_epochs=1),
+            options.get("ld_alpha", 1.0),
+        )
         tables = {name: scorer(table) for name, table in tables.items()}
     splits = {name: _split(store, name, table) for name, table in tables.items()}
     dataset = DatasetManifest(
@@ -157,7 +163,13 @@ def make_job(
         loss=LossSpec(name=loss, **options),
         reference=ReferenceSpec(mode=reference if referenced else "none", refresh=refresh),
         optim=OptimSpec(learning_rate=learning_rate, weight_decay=weight_decay),
-        batch=BatchSpec(batch_size=batch_size, micro_batch_size=micro_batch_size, n_epochs=50, max_steps=steps),
+        batch=BatchSpec(
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            micro_batch_tokens=micro_batch_tokens,
+            n_epochs=50,
+            max_steps=steps,
+        ),
         precision=run_options.pop("precision", "float32"),
         resources=run_options.pop("resources", ResourceSpec()),
         seed=0,
