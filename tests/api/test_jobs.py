@@ -36,6 +36,11 @@ def metrics(step, **values):
     return Report(key=key, created_at=1_700_000_000.0 + step, type="metrics", message=f"step {step}", data=data)
 
 
+def progress(step, at):
+    data = {"stage": "train", "done": step, "total": 10}
+    return Report(key=f"progress:{step}", created_at=at, type="progress", message=f"step {step}", data=data)
+
+
 def checkpoint(job_id, step):
     data = {"step": step, "key": paths.checkpoint_dir(job_id, step), "digest": "d" * 64, "metrics": {"loss": 0.5}}
     return Report(key=f"checkpoint:{step}", created_at=1.7e9 + step, type="checkpoint", message="saved", data=data)
@@ -177,6 +182,8 @@ async def test_pause_and_resume_through_the_sdk(api):
 async def test_a_running_job_is_pausing_until_its_attempt_is_gone(api):
     job = await api.job((await api.upload()).id)
     await move(api, job.id, Move.SUBMIT, Move.START)
+    await report(api, job.id, progress(1, at=100.0), progress(2, at=101.0))
+    assert (await api.sdk.fine_tuning.jobs.retrieve(job.id)).estimated_finish == 109
     pausing = await api.sdk.fine_tuning.jobs.pause(job.id)
     assert (pausing.status, pausing.model_extra["state"], pausing.model_extra["paused_at"]) == (
         "running",
@@ -189,6 +196,7 @@ async def test_a_running_job_is_pausing_until_its_attempt_is_gone(api):
     await move(api, job.id, Move.STOP)
     found = await api.sdk.fine_tuning.jobs.retrieve(job.id)
     assert (found.status, found.model_extra["state"], found.finished_at) == ("queued", "paused", None)
+    assert (found.estimated_finish, found.model_extra["progress"]["done"]) == (None, 2)
 
 
 @pytest.mark.parametrize("wish", ["pause", "resume"])

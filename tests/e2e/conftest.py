@@ -65,6 +65,17 @@ class Service:
             time.sleep(0.3)
         raise AssertionError(f"{job_id} is still {job.status}:\n{self.logs(job_id)}")
 
+    def wait_for_state(self, job_id, state, timeout=60):
+        """Poll until our own, finer word for where the job stands is `state`."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            job = self.client().fine_tuning.jobs.retrieve(job_id)
+            if job.model_extra["state"] == state:
+                return job
+            assert job.status not in ENDED, f"{job.status}: {job.error}"
+            time.sleep(0.3)
+        raise AssertionError(f"{job_id} is still {job.model_extra['state']}:\n{self.logs(job_id)}")
+
     def logs(self, job_id):
         return httpx.get(f"{self.url}/v1/fine_tuning/jobs/{job_id}/logs", trust_env=False).text
 

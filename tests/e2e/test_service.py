@@ -8,6 +8,7 @@ import openai
 import psutil
 import pytest
 
+from dpo_service.cluster import processes
 from tests.e2e.conftest import ENDED, dpo, pairs_file
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(600)]
@@ -81,7 +82,8 @@ def chat(client, model):
     assert completion.choices[0].finish_reason in ("length", "stop")
 
 
-def test_cancel_a_running_job(service, client, tiny_model, pairs):
+def test_pause_resume_and_cancel_a_running_job(service, client, tiny_model, pairs, ray_cluster):
+    """A pause frees the workers; what follows it is the history of an unbroken run. A cancellation ends it."""
     job = client.fine_tuning.jobs.create(
         model=tiny_model,
         training_file=pairs,
@@ -89,15 +91,33 @@ def test_cancel_a_running_job(service, client, tiny_model, pairs):
         extra_body={"learning_rate": 1e-4},
     )
     service.wait_for_step(job.id, 3)
+    assert client.fine_tuning.jobs.pause(job.id).model_extra["state"] == "pausing"
+    paused = service.wait_for_state(job.id, "paused")
+    assert (paused.status, paused.finished_at) == ("queued", None)
+    wait_until_no_worker_is_left(ray_cluster)
+    reached = max(service.steps(job.id))
+    assert client.fine_tuning.jobs.resume(job.id).model_extra["state"] == "queued"
+    service.wait_for_step(job.id, reached + 3)
+    assert any(f"resuming from step {reached}" in event.message for event in service.events(job.id))
     client.fine_tuning.jobs.cancel(job.id)
     cancelled = service.wait(job.id, timeout=60)
     assert cancelled.status == "cancelled"
     assert cancelled.fine_tuned_model is None
+    steps = service.steps(job.id)
+    assert steps == list(range(1, len(steps) + 1))
     with pytest.raises(openai.ConflictError):
         client.fine_tuning.jobs.cancel(job.id)
 
 
-def test_killed_api_and_killed_worker_cost_nothing(service, client, tiny_model, tmp_path):
+def wait_until_no_worker_is_left(cluster, timeout=30):
+    """Ray ends the actors of a job that has ended within moments."""
+    deadline = time.monotonic() + timeout
+    while left := training_workers(cluster):
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.1)
+
+
+def test_killed_api_and_killed_worker_cost_nothing(service, client, tiny_model, tmp_path, ray_cluster):
     """SIGKILL of a training worker, then of the API while the run resumes: it ends, and its history is whole."""
     file = client.files.create(file=pairs_file(tmp_path / "pairs.jsonl", 200, seed=1), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
@@ -107,7 +127,7 @@ def test_killed_api_and_killed_worker_cost_nothing(service, client, tiny_model, 
         extra_body={**TWO_WORKERS, "checkpoint": {"every_steps": 20}, "deduplicate": False},
     )
     service.wait_for_step(job.id, 25)
-    os.kill(training_workers()[0].pid, signal.SIGKILL)
+    os.kill(training_workers(ray_cluster)[0].pid, signal.SIGKILL)
     service.kill()
     time.sleep(3)
     service.up()
@@ -117,11 +137,16 @@ def test_killed_api_and_killed_worker_cost_nothing(service, client, tiny_model, 
     assert any("resum" in e.message.lower() for e in service.events(job.id))
 
 
-def training_workers():
-    """The processes of Ray Train's workers on this machine, by the title Ray gives them."""
-    found = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-    assert found, "no training worker is running"
-    return found
+def training_workers(cluster):
+    """The processes of Ray Train's workers on this cluster, by the title Ray gives them."""
+    return [process for process in processes.belonging(cluster.temp_dir) if "RayTrainWorker" in title(process)]
+
+
+def title(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended meanwhile
+        return ""
 
 
 def test_a_second_up_says_who_holds_the_directory(service):
