@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dpo_service.train.attention import Segment, spans
+from dpo_service.train.attention.layout import Segment, spans
 from dpo_service.train.rows import Example
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_service.clock import monotonic
-from dpo_service.train.attention import Segment
+from dpo_service.train.attention.layout import Segment
 from dpo_service.train.policy import base_of
 
 FORWARD_AND_BACKWARD = 3

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_service.errors import TrainingError
 from dpo_service.specs.run import RunSpec
-from dpo_service.train import attention
+from dpo_service.train.attention import interface as attention
 
 
 def prepare_layers(policy: nn.Module, run: RunSpec) -> None:

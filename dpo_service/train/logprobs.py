@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpo_service.train import attention
+from dpo_service.train.attention import interface as attention
+from dpo_service.train.attention.layout import Layout, Trial
 from dpo_service.train.batch import MicroBatch, collate, padded
 from dpo_service.train.head import Head, head_logps, logit_logps
 from dpo_service.train.rows import Example
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = 1e-3
 """Packed against padded, relative: float32 noise is far below, a token that sees the wrong one far above."""
+COARSE_TOLERANCE = 5e-2
+"""The same for weights in half precision."""
 
 
 class Completions(NamedTuple):
@@ -63,11 +66,12 @@ def completion_logps(
     )
 
 
-def _hidden(model: nn.Module, batch: MicroBatch, *, split: bool) -> Tensor:
+def _hidden(model: nn.Module, batch: MicroBatch, *, split: bool, layout: Layout | None = None) -> Tensor:
     """What predicts the completion tokens: hidden states [C, H], or logits [C, V] of a model that is not split."""
-    arguments = {"attention_mask": batch.attention_mask_BL}
+    arguments: dict[str, Any] = {"attention_mask": batch.attention_mask_BL}
     if batch.attention_mask_BL is None:
-        arguments = attention.forward_arguments(batch.segments, batch.input_ids_BL.device)
+        layout = layout or attention.row_layout(batch.segments, batch.input_ids_BL.device)
+        arguments = attention.forward_arguments(layout)
     module = _body(model) if split else model
     output = module(input_ids=batch.input_ids_BL, position_ids=batch.position_ids_BL, use_cache=False, **arguments)
     states_BLH: Tensor = output.last_hidden_state if split else output.logits
@@ -79,32 +83,59 @@ def packs(model: nn.Module) -> bool:
     return bool(getattr(model, "_dpo_packs", False))
 
 
+def padded_because(model: nn.Module) -> str:
+    """What `use_packing` found against it."""
+    return str(getattr(model, "_dpo_padded_because", "it was never tried"))
+
+
 def use_packing(model: Any) -> bool:
     """Give `model` the attention that computes packed rows, if with it the model gives what it gives padded.
 
-    It is tried on two short pairs rather than read off the configuration: a sliding window, soft-capping, linear
-    attention, positions of the model's own, or attention that cannot be replaced all show there. A model that fails
-    keeps its own attention and is computed padded.
+    It is tried on two short pairs rather than read off the configuration: linear attention, positions of the model's
+    own, or attention that cannot be replaced show there. A model that fails keeps its own attention and is computed
+    padded.
     """
+    reason = _try_packing(model)
+    model._dpo_packs = reason is None
+    if reason is not None:
+        model._dpo_padded_because = reason
+        log.warning("%s is computed padded, which is slower: %s", type(model).__name__, reason)
+    return reason is None
+
+
+@torch.no_grad()
+def _try_packing(model: Any) -> str | None:
+    """Why `model` cannot compute packed rows, or None, and then it is set to."""
     batch = _probe().to(next(model.parameters()).device)
+    trial = Trial(batch.segments, batch.input_ids_BL.device, "sdpa")
     split = split_head(model) is not None
     own = model.config._attn_implementation
-    with torch.no_grad():
-        expected_CH = _hidden(model, padded(batch), split=split)
-        reason = "its attention cannot be replaced"
-        try:
-            attention.register()
-            model.set_attn_implementation(attention.NAME)
-            found_CH = _hidden(model, batch, split=split)
-            if (found_CH - expected_CH).norm() <= PROBE_TOLERANCE * expected_CH.norm():
-                model._dpo_packs = True
-                return True
-            reason = "it does not give the same result packed"
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = f"{reason}: {error}"
-    model.set_attn_implementation(own)
-    log.warning("%s is computed padded, which is slower: %s", type(model).__name__, reason)
-    return False
+    expected_CH = _hidden(model, padded(batch), split=split)
+    reason: str | None = "it does not give the same result packed"
+    try:
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
+        found_CH = _hidden(model, batch, split=split, layout=trial)
+        tolerance = PROBE_TOLERANCE if found_CH.dtype in (torch.float32, torch.float64) else COARSE_TOLERANCE
+        if (found_CH - expected_CH).norm() <= tolerance * expected_CH.norm():
+            reason = _hidden_masks(model, trial)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"its attention cannot be replaced: {error}"
+    if reason is not None:
+        model.set_attn_implementation(own)
+    return reason
+
+
+def _hidden_masks(model: Any, trial: Trial) -> str | None:
+    """What a short trial cannot show: masks that reach further than it, and of which the layers say nothing."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if "chunked_attention" in kinds or (not kinds and getattr(config, "attention_chunk_size", None)):
+        return "its attention is chunked"
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if ((windowed and not kinds) or "sliding_attention" in kinds) and trial.windows <= {None}:
+        return "its layers do not say how far their attention reaches"
+    return None
 
 
 def _probe() -> MicroBatch:

@@ -28,7 +28,7 @@ from dpo_service.storage.store import Store
 from dpo_service.train import metrics
 from dpo_service.train.feed import Feed
 from dpo_service.train.journal import Journal, Reports
-from dpo_service.train.logprobs import packs
+from dpo_service.train.logprobs import packs, padded_because
 from dpo_service.train.policy import base_of
 from dpo_service.train.ranks import Ranks
 from dpo_service.train.saver import Saver
@@ -145,8 +145,9 @@ class _Training:
         workers = f"{self._ranks.world} worker{'s' if self._ranks.world > 1 else ''}"
         start = f"resuming from step {self._step}" if self._step else f"{len(self._feed.rows)} rows"
         self._journal.message(f"Training on {workers}, {start}, {self._plan.total_steps} steps")
-        if not packs(base_of(self._state.policy)):
-            self._journal.message("This model's attention cannot take packed rows; it is computed padded, more slowly")
+        policy = base_of(self._state.policy)
+        if not packs(policy):
+            self._journal.message(f"This model is computed padded, more slowly: {padded_because(policy)}")
 
     def _due(self, every: int | None) -> bool:
         last = self._step == self._plan.total_steps

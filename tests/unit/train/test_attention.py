@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_service.train.attention import Layout, Segment, segment_attention
+from dpo_service.train.attention.interface import row_layout, segment_attention, using
+from dpo_service.train.attention.layout import Segment
 from dpo_service.train.batch import collate
-from dpo_service.train.logprobs import completion_logps, packs, use_packing
+from dpo_service.train.logprobs import completion_logps, packs, padded_because, use_packing
 from dpo_service.train.policy import base_of, load_model
 from dpo_service.train.rows import Example
 from tests.unit.train.families import PACKED, PADDED, TINY, family
@@ -128,11 +129,21 @@ def test_a_call_without_a_layout_is_the_models_own(llama):
     assert generated[0] == generated[1]
 
 
+REASONS = {
+    "mamba": "cannot be replaced",
+    "recurrent_gemma": "not give the same result packed",
+    "qwen3_next": "not give the same result packed",
+    "gpt_oss": "s_aux",
+    "qwen2_moe": "do not say how far their attention reaches",
+}
+
+
 @pytest.mark.parametrize("name", PADDED)
 def test_a_model_that_cannot_is_computed_padded_and_says_so(name, caplog):
     model, own = family(name, PADDED[name]), family(name, PADDED[name])
     assert not use_packing(model)
     assert "is computed padded" in caplog.text
+    assert REASONS[name] in padded_because(model)
     assert not packs(model)
     assert model.config._attn_implementation == own.config._attn_implementation
     batch = collate(random_pairs(3))
@@ -143,7 +154,7 @@ def test_a_model_that_cannot_is_computed_padded_and_says_so(name, caplog):
 
 
 def test_a_model_that_leaks_along_the_row_is_computed_padded(caplog):
-    """State space layers carry what one pair said into the next: found by trying, not by name."""
+    """A layer that carries what one pair said into the next is found by trying, not by name."""
     model = family("qwen2", {})
     layer = model.model.layers[0]
     layer.register_forward_hook(lambda _module, _inputs, output: output + output.cumsum(1))
@@ -170,7 +181,34 @@ def test_loading_a_model_packs_and_its_adapter_too(model_dir, tmp_path):
 
 def test_a_layer_that_asks_for_more_is_refused():
     tensor = torch.zeros(1, 1, 3, 8)
-    layout = Layout.of([Segment(0, 1, 1, 1)], tensor.device)
-    for asked in ({"sliding_window": 2}, {"softcap": 50.0}, {"dropout": 0.1}):
+    layout = row_layout([Segment(0, 1, 1, 1)], tensor.device)
+    for asked in ({"s_aux": tensor}, {"position_bias": tensor}, {"dropout": 0.1}):
         with pytest.raises(NotImplementedError, match=next(iter(asked))):
             segment_attention(torch.nn.Identity(), tensor, tensor, tensor, None, segment_layout=layout, **asked)
+
+
+def test_chunked_attention_which_a_short_trial_cannot_show_is_computed_padded():
+    model = family("llama", PACKED["llama"])
+    model.config.layer_types = ["chunked_attention", "full_attention"]
+    assert not use_packing(model)
+    assert "chunked" in padded_because(model)
+
+
+def test_a_padded_model_learns_the_same_from_a_pair_beside_others():
+    """State spaces read on to the padding, never into it from another sequence."""
+    model = family("qwen3_next", PADDED["qwen3_next"])
+    use_packing(model)
+    first, second = random_pairs(2)
+    together = completion_logps(model, collate([first, second])).logps_S
+    assert torch.allclose(together[[0, 2]], completion_logps(model, collate([first])).logps_S, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_model_gives_the_same_by_every_backend(backend):
+    model, batch = family("gemma3_text", PACKED["gemma3_text"]), collate(random_pairs(3))
+    with torch.no_grad():
+        expected_S = completion_logps(model, batch).logps_S
+        assert use_packing(model)
+        with using(backend):
+            assert torch.allclose(completion_logps(model, batch).logps_S, expected_S, rtol=1e-5, atol=1e-5)

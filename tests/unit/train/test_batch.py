@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpo_service.train.attention import Segment
+from dpo_service.train.attention.layout import Segment
 from dpo_service.train.batch import collate, padded
 from dpo_service.train.rows import Example
 

@@ -8,14 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.train import flops
-from dpo_service.train.attention import Segment
+from dpo_service.train.attention.layout import Segment
 from dpo_service.train.batch import collate
 from dpo_service.train.flops import Cost
 from dpo_service.train.logprobs import completion_logps, split_head, use_packing
 from dpo_service.train.optim import trained_parameters
 from dpo_service.train.policy import add_adapter, base_of
 from dpo_service.train.rows import Example
-from tests.unit.train.families import PACKED, PADDED, family
+from tests.unit.train.families import PACKED, family
 
 BATCH = collate(
     [
@@ -83,7 +83,7 @@ def test_attended_pairs_are_those_the_mask_lets_through(window):
 
 
 def test_layers_with_windows_are_counted_by_themselves():
-    config = family("gemma3_text", PADDED["gemma3_text"]).config
+    config = family("gemma3_text", PACKED["gemma3_text"]).config
     a_layer = 12 * 4 * 8
     assert flops._attention(config) == ((a_layer, None), (a_layer, 4))
     assert flops._attention(family("llama", {}).config) == ((2 * a_layer, None),)

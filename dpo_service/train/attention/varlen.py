@@ -1,0 +1,125 @@
+"""Attention of a packed row by torch's variable-length kernel: one call for all sequences, on CUDA in half precision.
+
+A row is, as it stands, the queries of its sequences end to end: [prompt chosen] [rejected] [prompt chosen] ... Only the
+keys of a rejected answer lie apart, so keys and values are gathered with each prompt a second time:
+
+    queries   prompt chosen | rejected
+    keys      prompt chosen | prompt rejected       causal, aligned to the end: the last query sees the last key
+
+Shapes: T tokens of the row, G gathered tokens (T and the prompts again), N sequences, H query heads, K key heads.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import accumulate
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from dpo_service.train.attention.layout import Layout
+
+LARGEST_HEAD = 256
+
+Kernel = Callable[..., Tensor]
+
+
+class Sequences(NamedTuple):
+    """A row as the kernel takes it."""
+
+    gather_G: Tensor
+    """Places in the row of the keys."""
+    queries_end: Tensor
+    """[N + 1], int32: where each sequence's queries begin, and where the last ends."""
+    keys_end: Tensor
+    most_queries: int
+    most_keys: int
+
+
+def sequences(layout: Layout) -> Sequences:
+    gather: list[int] = []
+    queries, keys = [], []
+    for segment in layout.segments:
+        gather += range(segment.start, segment.chosen_end)
+        queries.append(segment.prompt + segment.chosen)
+        keys.append(segment.prompt + segment.chosen)
+        if segment.rejected:
+            gather += range(segment.start, segment.start + segment.prompt)
+            gather += range(segment.chosen_end, segment.end)
+            queries.append(segment.rejected)
+            keys.append(segment.prompt + segment.rejected)
+    return Sequences(
+        layout.on_device(gather, torch.int64),
+        layout.on_device([0, *accumulate(queries)]),
+        layout.on_device([0, *accumulate(keys)]),
+        max(queries),
+        max(keys),
+    )
+
+
+def attend(
+    query_1HTD: Tensor,
+    key_1KTD: Tensor,
+    value_1KTD: Tensor,
+    layout: Layout,
+    *,
+    scaling: float | None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """[1, T, H, D]. `window` as in `Layout.within`; the kernel cannot cap scores."""
+    assert softcap is None, "`interface.chosen` gives capped scores to another backend"
+    at: Sequences = layout.once("varlen", lambda: sequences(layout))
+    key, value = (states[0].transpose(0, 1).index_select(0, at.gather_G) for states in (key_1KTD, value_1KTD))
+    left = -1 if window is None else window - 1
+    function = kernel()
+    assert function is not None, "`available` comes first"
+    return function(query_1HTD[0].transpose(0, 1), key, value, *at[1:], scale=scaling, window_size=(left, 0))[None]
+
+
+def available(query_1HTD: Tensor) -> bool:
+    """Whether the kernel computes heads of this kind, on this device."""
+    size = query_1HTD.shape[-1]
+    return (
+        query_1HTD.dtype in (torch.float16, torch.bfloat16)
+        and size % 8 == 0
+        and size <= LARGEST_HEAD
+        and _on_ampere(query_1HTD.device)
+        and kernel() is not None
+    )
+
+
+@cache
+def kernel() -> Kernel | None:
+    """torch's own, of torch 2.11 or newer; None where this torch has none that takes a window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    takes, function = inspect.signature(varlen_attn).parameters, cast(Kernel, varlen_attn)
+    if not {"window_size", "scale"} <= takes.keys():
+        return None
+    return partial(_grouped if "enable_gqa" in takes else _repeated, function)
+
+
+def _grouped(function: Kernel, query_THD: Tensor, key_GKD: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return function(query_THD, key_GKD, *rest, enable_gqa=query_THD.shape[1] != key_GKD.shape[1], **options)
+
+
+def _repeated(
+    function: Kernel, query_THD: Tensor, key_GKD: Tensor, value_GKD: Tensor, *rest: Any, **options: Any
+) -> Tensor:
+    """For a torch whose kernel wants as many key heads as query heads."""
+    groups = query_THD.shape[1] // key_GKD.shape[1]
+    key, value = (states.repeat_interleave(groups, 1) for states in (key_GKD, value_GKD))
+    return function(query_THD, key, value, *rest, **options)
+
+
+@cache
+def _on_ampere(device: torch.device) -> bool:
+    return (
+        device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
