@@ -22,6 +22,7 @@ from dpo_service.errors import InvalidSpec
 from dpo_service.registry.tables import File
 from dpo_service.specs.base import chosen_or
 from dpo_service.specs.data import DataSpec
+from dpo_service.specs.eval import DEFAULT_METRIC, BestSpec, ranking_metrics
 from dpo_service.specs.job import JobSpec
 from dpo_service.specs.loss import LOSS_TABLE, LossSpec
 from dpo_service.specs.method import ReferenceSpec
@@ -78,6 +79,7 @@ def decide(
         eval_every_steps=spec.eval.every_steps,
         save_every_steps=spec.checkpoint.every_steps,
         keep_checkpoints=spec.checkpoint.keep_last,
+        keep_best=_keep_best(spec),
         integrations=spec.integrations or (),
         output_model=ids.fine_tuned_model_id(spec.model, spec.suffix, job_id),
     )
@@ -163,6 +165,15 @@ def _reference(spec: JobSpec) -> Literal["cached", "live", "none"]:
     if spec.reference == "auto":
         return "live" if spec.reference_refresh else "cached"
     return spec.reference
+
+
+def _keep_best(spec: JobSpec) -> BestSpec | None:
+    asked = spec.checkpoint
+    if not asked.keep_best:
+        return None
+    metric = asked.metric or DEFAULT_METRIC
+    better = ranking_metrics(spec.method.row.rows)[metric]
+    return BestSpec(keep=asked.keep_best, metric=metric, better=better, publish=asked.publish == "best")
 
 
 def _optim(spec: JobSpec) -> OptimSpec:

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from dpo_service.specs.base import Spec
 
+EVALUATED_AT = "eval_step"
+"""Among a checkpoint's metrics: the step of those of the validation split, which may be an earlier one."""
+
 
 class FileDigest(Spec):
     path: str
@@ -41,7 +44,7 @@ class RunResult(Spec):
     status: str
     """succeeded | failed | stopped: it was asked to stop, and can be gone on with"""
     checkpoint: str | None = None
-    """Storage key of the final checkpoint's directory."""
+    """Storage key of the directory of the checkpoint to publish: the last, or the best where the job says so."""
     checkpoint_digest: str | None = None
     model_id: str | None = None
     trained_tokens: int = 0

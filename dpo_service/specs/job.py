@@ -12,7 +12,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.specs.base import AUTO, Auto, Spec
 from dpo_service.specs.data import Truncation
-from dpo_service.specs.eval import CheckpointSpec, EvalSpec
+from dpo_service.specs.eval import CheckpointSpec, EvalSpec, ranking_metrics
 from dpo_service.specs.method import MethodSpec, RefreshSpec
 from dpo_service.specs.optim import LrSchedule
 from dpo_service.specs.resources import ResourceSpec
@@ -100,6 +100,8 @@ class JobSpec(Spec):
             raise ValueError(f"method {self.method.type!r} has no reference; remove `reference`")
         if self.reference_refresh is not None:
             self._can_refresh()
+        if self.checkpoint.keep_best:
+            self._can_keep_best()
         if self.eval.every_steps is not None and self.validation_file is None and self.eval.split == 0:
             raise ValueError("eval.every_steps needs rows to evaluate on; give validation_file or eval.split")
         return self
@@ -111,4 +113,19 @@ class JobSpec(Spec):
             raise ValueError(
                 "reference_refresh moves the reference, and a cached one cannot move; "
                 "remove `reference`, or set it to live"
+            )
+
+    def _can_keep_best(self) -> None:
+        metric, known = self.checkpoint.metric, ranking_metrics(self.method.row.rows)
+        if self.validation_file is None and self.eval.split == 0:
+            raise ValueError("checkpoint.keep_best needs rows to evaluate on; give validation_file or eval.split")
+        if metric is not None and metric not in known:
+            raise ValueError(
+                f"checkpoint.metric {metric!r} ranks no checkpoints of method {self.method.type!r}; "
+                f"use one of {', '.join(known)}"
+            )
+        if self.reference_refresh is not None:
+            raise ValueError(
+                "checkpoint.keep_best compares evaluations, which a reference that moves makes incomparable; "
+                "remove checkpoint.keep_best or reference_refresh"
             )

@@ -7,6 +7,7 @@ from typing import Literal
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.specs.base import Spec
 from dpo_service.specs.data import DataSpec
+from dpo_service.specs.eval import BestSpec
 from dpo_service.specs.job import Integration
 from dpo_service.specs.loss import LossSpec
 from dpo_service.specs.method import ReferenceSpec
@@ -57,6 +58,7 @@ class RunSpec(Spec):
     eval_every_steps: int | None = None
     save_every_steps: int | None = None
     keep_checkpoints: int = 3
+    keep_best: BestSpec | None = None
     integrations: tuple[Integration, ...] = ()
     output_model: str
     """Id under which the result is published."""

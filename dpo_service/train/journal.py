@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from dpo_service.clock import monotonic
+from dpo_service.manifests.checkpoint import EVALUATED_AT
 from dpo_service.specs.run import RunSpec
 from dpo_service.train import metrics
 from dpo_service.train.step import StepResult
@@ -81,7 +82,7 @@ class Journal:
 
     def tell_validation(self, step: int, sums: dict[str, float], seconds: float) -> None:
         values = metrics.means(sums, self._run.loss.name)
-        self.latest |= {f"eval_{name}": value for name, value in values.items()}
+        self.latest |= {EVALUATED_AT: float(step)} | {f"eval_{name}": value for name, value in values.items()}
         if self._reports is not None:
             values |= metrics.rates(sums, seconds)
             text = metrics.sentence(step, self._total_steps, "validation", values)

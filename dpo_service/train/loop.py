@@ -41,7 +41,8 @@ class TrainOutcome:
     """How a run ended. Only rank 0 knows of checkpoints."""
 
     checkpoint: str | None
-    """Storage key of the last checkpoint's directory; None = stopped before the first step."""
+    """Storage key of the directory of the last checkpoint, or of the best where the run says so and has ended; None =
+    stopped before the first step."""
     digest: str | None
     steps: int
     trained_tokens: int
@@ -120,7 +121,7 @@ class _Training:
         finally:
             self._feed.close()
             self._saver.close()
-        key, digest = self._saver.newest or (None, None)
+        key, digest = (self._saver.newest if stopped else self._saver.published()) or (None, None)
         return TrainOutcome(key, digest, self._step, self._journal.tokens, stopped, self._journal.latest)
 
     def _go(self) -> bool:
@@ -133,11 +134,12 @@ class _Training:
                 self._save()
                 return True
             self._train_one()
-            if self._due(self._run.eval_every_steps):
+            saving = self._due(self._saver.every_steps)
+            if self._due(self._run.eval_every_steps) or (saving and self._run.keep_best):
                 self._evaluate()
             if self._state.moving is not None:
                 self._state.moving.after_step(self._step)
-            if self._due(self._saver.every_steps):
+            if saving:
                 self._save()
         return False
 

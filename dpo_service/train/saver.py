@@ -21,7 +21,7 @@ from typing import Any
 
 from dpo_service.checkpoint.format import CheckpointFacts, publish
 from dpo_service.checkpoint.load import Checkpoint
-from dpo_service.checkpoint.retention import prune
+from dpo_service.checkpoint.retention import prune, ranked
 from dpo_service.errors import CheckpointError
 from dpo_service.storage import paths
 from dpo_service.storage.store import Store
@@ -80,6 +80,19 @@ class Saver:
         if self._state.ranks.sum([float(error is not None)])[0]:
             raise CheckpointError(f"a checkpoint could not be written: {error or 'see rank 0'}") from error
 
+    def published(self) -> tuple[str, str] | None:
+        """Storage key and digest of what a run that has ended gives; known to rank 0 only."""
+        run = self._state.run
+        if run.keep_best is None or not run.keep_best.publish or not self._state.ranks.first:
+            return self.newest
+        best = ranked(self._store, run.job_id, run.keep_best)[0]
+        if self._reports is not None:
+            self._reports.message(
+                f"The best checkpoint is that of step {best.step}: "
+                f"{run.keep_best.metric} {best.metrics[run.keep_best.metric]:.4f}"
+            )
+        return paths.checkpoint_dir(run.job_id, best.step), best.digest
+
     def close(self) -> None:
         """Let the checkpoint under way be finished, whatever became of the run."""
         self._thread.shutdown(wait=True)
@@ -104,7 +117,7 @@ class Saver:
         manifest = publish(self._store, facts, fill)
         key = paths.checkpoint_dir(run.job_id, facts.step)
         self.newest = (key, manifest.digest)
-        pruned = prune(self._store, run.job_id, keep=run.keep_checkpoints, newest=facts.step)
+        pruned = prune(self._store, run.job_id, keep=run.keep_checkpoints, newest=facts.step, best=run.keep_best)
         if self._reports is not None:
             self._reports.checkpoint(facts.step, key, manifest.digest, facts.metrics, pruned)
             if taken.reference and reference is not None:

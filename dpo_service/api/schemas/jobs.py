@@ -32,6 +32,7 @@ RUN_FIELDS = (
     "eval_every_steps",
     "save_every_steps",
     "keep_checkpoints",
+    "keep_best",
 )
 DATA_FIELDS = ("rows", "eval_split", "max_length", "truncation", "deduplicate", "shuffle")
 DATASET_FIELDS = ("train", "validation", "steps_per_epoch", "total_steps", "report")

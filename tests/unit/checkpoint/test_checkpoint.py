@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from dpo_service.checkpoint.format import CheckpointFacts, digest_of, publish, verify
-from dpo_service.checkpoint.load import newest_valid
-from dpo_service.checkpoint.retention import prune
+from dpo_service.checkpoint.load import newest_valid, step_directories
+from dpo_service.checkpoint.retention import prune, ranked
 from dpo_service.checkpoint.state import read_counters, read_tensors, write_counters, write_tensors
 from dpo_service.errors import CheckpointError
+from dpo_service.specs.eval import BestSpec
 from dpo_service.storage import paths
 from dpo_service.storage.store import Store
 
@@ -26,8 +27,10 @@ def fill(directory):
     write_counters(directory / "state", {"step": 1})
 
 
-def save(store, step):
-    facts = CheckpointFacts(job_id=JOB, step=step, epoch=step / 10, base_model="tiny", base_digest="b" * 64)
+def save(store, step, **metrics):
+    facts = CheckpointFacts(
+        job_id=JOB, step=step, epoch=step / 10, base_model="tiny", base_digest="b" * 64, metrics=metrics
+    )
     return publish(store, facts, fill)
 
 
@@ -127,6 +130,27 @@ def test_prune_keeps_the_last_and_the_one_just_published(tmp_path):
     save(store, 12)
     assert prune(store, JOB, keep=2, newest=12) == []
     assert newest_valid(store, JOB).manifest.step == 20
+
+
+@pytest.mark.parametrize(("better", "kept"), [("lower", [2, 4, 5]), ("higher", [1, 3, 5])])
+def test_prune_keeps_the_best_too(tmp_path, better, kept):
+    store = Store(tmp_path)
+    best = BestSpec(keep=2, metric="eval_loss", better=better, publish=False)
+    for step, loss in enumerate([0.6, 0.2, 0.5, 0.3, 0.4], start=1):
+        save(store, step, eval_loss=loss, eval_step=step)
+        prune(store, JOB, keep=1, newest=step, best=best)
+    assert [int(path.name[-8:]) for path in step_directories(store, JOB)] == kept
+
+
+def test_an_evaluation_of_an_earlier_step_ranks_nothing(tmp_path):
+    store, best = Store(tmp_path), BestSpec(keep=1, metric="eval_loss", better="lower", publish=True)
+    save(store, 1, eval_loss=0.5, eval_step=1)
+    save(store, 2, eval_loss=0.1, eval_step=1)
+    save(store, 3)
+    damaged = store.path(paths.checkpoint_dir(JOB, 1)) / "manifest.json"
+    assert [made.step for made in ranked(store, JOB, best)] == [1]
+    damaged.write_text("{}")
+    assert ranked(store, JOB, best) == []
 
 
 def test_state_comes_back_bit_for_bit(tmp_path):

@@ -8,9 +8,10 @@ import threading
 
 import pytest
 
-from dpo_service.checkpoint.load import newest_valid
+from dpo_service.checkpoint.load import newest_valid, opened, step_directories
 from dpo_service.errors import CheckpointError
 from dpo_service.specs.adapter import LoraSpec
+from dpo_service.specs.eval import BestSpec, ranking_metrics
 from dpo_service.storage import paths
 from dpo_service.train import saving
 from tests.unit.train.training_kit import Recorder, make_job, same, weights
@@ -91,3 +92,28 @@ def test_killed_while_writing_leaves_the_checkpoint_before(tmp_path, model_dir):
     assert resumed.checkpoints == [4, 6]
     for left, right in zip(weights(whole), weights(job), strict=True):
         assert same(left, right)
+
+
+@pytest.mark.parametrize("publish", [True, False])
+def test_the_best_stays_and_is_published_where_asked(tmp_path, model_dir, publish):
+    """By the highest loss, so that the best is not the last."""
+    best = BestSpec(keep=1, metric="eval_loss", better="higher", publish=publish)
+    options = {"keep_best": best, "keep_checkpoints": 1, "save_every_steps": 2, "learning_rate": 0.03, "steps": 10}
+    job = make_job(tmp_path, model_dir, **options)
+    recorded = Recorder()
+    outcome = job.train(reports=recorded)
+    losses = {step: values["loss"] for (split, step), values in recorded.values.items() if split == "eval" and step}
+    winner = max(losses, key=losses.__getitem__)
+    assert set(losses) == {2, 4, 6, 8, 10}
+    assert winner != 10
+    assert [int(path.name[-8:]) for path in step_directories(job.store, "j")] == [winner, 10]
+    assert outcome.checkpoint == paths.checkpoint_dir("j", winner if publish else 10)
+    assert opened(job.store, "j", winner if publish else 10).manifest.digest == outcome.digest
+    assert any(f"best checkpoint is that of step {winner}" in text for text in recorded.messages) == publish
+    assert job.train() == outcome
+
+
+@pytest.mark.parametrize(("rows", "loss"), [("pairs", "sigmoid"), ("answers", "sft")])
+def test_metrics_that_rank_are_metrics_of_a_run(tmp_path, model_dir, rows, loss):
+    outcome = make_job(tmp_path, model_dir, loss=loss, steps=1).train()
+    assert ranking_metrics(rows).keys() <= outcome.metrics.keys()
