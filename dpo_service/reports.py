@@ -69,8 +69,11 @@ class Reporter:
         if url:
             self._sender.start()
 
-    def message(self, text: str, *, level: Literal["info", "warn", "error"] = "info", **data: Any) -> None:
-        self._write("message", text, level=level, data=data or None)
+    def message(
+        self, text: str, *, level: Literal["info", "warn", "error"] = "info", key: str | None = None, **data: Any
+    ) -> None:
+        """`key`: what is said again under it, by a run that resumed, counts once."""
+        self._write("message", text, key=key, level=level, data=data or None)
 
     def metrics(self, split: str, step: int, values: Mapping[str, float], text: str) -> None:
         """`values` by name for `step` of `split` (train | eval). A step trained again keeps its first report."""

@@ -58,6 +58,16 @@ class MicroBatch:
         return self.sequences == 2 * self.rows
 
     @property
+    def places(self) -> int:
+        """Of the packed row, all of them tokens."""
+        return sum(s.prompt + s.chosen + s.rejected for s in self.segments)
+
+    @property
+    def padded_places(self) -> int:
+        """Of the rows that `padded` makes, padding included."""
+        return self.sequences * max(s.prompt + max(s.chosen, s.rejected) for s in self.segments)
+
+    @property
     def lengths_S(self) -> Tensor:
         """Completion tokens of each sequence."""
         # Not bincount: it would wait for the device.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -12,13 +12,19 @@ from dpo_service.clock import monotonic
 from dpo_service.manifests.checkpoint import EVALUATED_AT
 from dpo_service.specs.run import RunSpec
 from dpo_service.train import metrics
+from dpo_service.train.alarms import SUMS, Alarms, Settings
+from dpo_service.train.flops import matrix_rate
+from dpo_service.train.optim import warmup_steps
+from dpo_service.train.ranks import Ranks
 from dpo_service.train.step import StepResult
 
 
 class Reports(Protocol):
     """The part of `reports.Reporter` a run uses."""
 
-    def message(self, text: str) -> None: ...
+    def message(
+        self, text: str, *, level: Literal["info", "warn"] = "info", key: str | None = None, **data: Any
+    ) -> None: ...
     def metrics(self, split: str, step: int, values: dict[str, float], text: str) -> None: ...
     def checkpoint(
         self, step: int, storage_key: str, digest: str, metrics: dict[str, float], pruned: list[int]
@@ -38,21 +44,26 @@ class Journal:
         paired: bool,
         steps_per_epoch: int,
         total_steps: int,
-        device: torch.device,
+        ranks: Ranks,
     ) -> None:
         self._run, self._reports, self._paired = run, reports, paired
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
-        self._device = device
-        self._window = metrics.empty(paired, device)
+        self._ranks = ranks
+        self._window = metrics.empty(paired, ranks.device)
+        dtype = torch.float32 if run.precision == "float32" else torch.bfloat16
+        self.matrix_rate = sum(ranks.gather(matrix_rate(ranks.device, dtype)))
+        """Operations a second of a large matrix product, all ranks together."""
+        warmup, clip = warmup_steps(run.optim, total_steps), run.optim.max_grad_norm
+        self._alarms = Alarms(Settings(warmup, clip, lowers_chosen=run.loss.name == "apo_down"))
         self._since = monotonic()
         self._told_tokens = 0
         """Trained on since the run began, those of the window left out."""
         self.latest: dict[str, float] = {}
         """The newest value of every metric; those of the validation split carry the prefix `eval_`."""
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, **data: Any) -> None:
         if self._reports is not None:
-            self._reports.message(text)
+            self._reports.message(text, **data)
 
     @property
     def tokens(self) -> int:
@@ -72,13 +83,29 @@ class Journal:
             "num_tokens": float(self._told_tokens),
             "epoch": step / self._steps_per_epoch,
             **metrics.rates(sums, now - self._since),
+            **metrics.utilisation(sums, now - self._since, self.matrix_rate),
+            "peak_memory_gib": max(self._ranks.gather(metrics.peak_memory_gib(self._ranks.device))),
         }
-        self._window, self._since = metrics.empty(self._paired, self._device), now
+        self._window, self._since = metrics.empty(self._paired, self._ranks.device), now
         self.latest |= values
         if self._reports is not None:
             text = metrics.sentence(step, self._total_steps, "training", values)
             self._reports.metrics("train", step, values, text)
             self._reports.progress("train", step, self._total_steps, text)
+        self._warn(step, sums, float(result.grad_norm))
+
+    def _warn(self, step: int, sums: dict[str, float], grad_norm: float) -> None:
+        """Every rank looks, because each may be the one that saves what was seen; rank 0 tells."""
+        window = {name: sums[name] for name in SUMS if name in sums} | {"step": float(step), "grad_norm": grad_norm}
+        for warned in self._alarms.see(window):
+            if self._reports is not None:
+                self._reports.message(
+                    warned.text,
+                    level="info" if warned.over else "warn",
+                    key=f"alarm:{warned.name}:{step}",
+                    alarm=warned.name,
+                    step=step,
+                )
 
     def tell_validation(self, step: int, sums: dict[str, float], seconds: float) -> None:
         values = metrics.means(sums, self._run.loss.name)
@@ -97,9 +124,16 @@ class Journal:
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        return {"num_tokens": self.tokens, "window": self._window.read()}
+        return {
+            "num_tokens": self.tokens,
+            "window": self._window.read(),
+            "window_seconds": monotonic() - self._since,
+            "alarms": self._alarms.counters(),
+        }
 
     def resume(self, counters: dict[str, Any], latest: dict[str, float]) -> None:
         self._window.add(counters["window"])
         self._told_tokens = int(counters["num_tokens"]) - int(counters["window"]["tokens"])
+        self._since = monotonic() - float(counters["window_seconds"])
+        self._alarms.resume(counters["alarms"])
         self.latest = dict(latest)

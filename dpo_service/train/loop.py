@@ -106,7 +106,7 @@ class _Training:
             paired=self._paired,
             steps_per_epoch=plan.steps_per_epoch,
             total_steps=plan.total_steps,
-            device=ranks.device,
+            ranks=ranks,
         )
         self._saver = Saver(self._state, store, model_dir, base_digest, reports, checkpoint)
         self._step = 0
@@ -147,6 +147,11 @@ class _Training:
         workers = f"{self._ranks.world} worker{'s' if self._ranks.world > 1 else ''}"
         start = f"resuming from step {self._step}" if self._step else f"{len(self._feed.rows)} rows"
         self._journal.message(f"Training on {workers}, {start}, {self._plan.total_steps} steps")
+        rate = self._journal.matrix_rate
+        self._journal.message(
+            f"Large matrix products reach {rate / 1e12:.3g} TFLOP/s ({self._run.precision}, all workers)",
+            matrix_rate=rate,
+        )
         policy = base_of(self._state.policy)
         if not packs(policy):
             self._journal.message(f"This model is computed padded, more slowly: {padded_because(policy)}")

@@ -9,19 +9,27 @@ Shapes: P pairs or answers, N sums.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dpo_service.specs.loss import LossSpec
+from dpo_service.specs.loss import LOSS_TABLE, LossName, LossSpec
 from dpo_service.train.batch import MicroBatch
 from dpo_service.train.logprobs import Completions
 from dpo_service.train.losses import DIVISOR, LossInputs, rewards
 
-_COMMON = ("loss", "rows", "answer_tokens", "tokens", "truncated")
+_COMMON = ("loss", "rows", "answer_tokens", "tokens", "truncated", "places", "padding", "flops")
 _PAIRED = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")
+_LENGTHS = ("displaced", "gap", "gap_gap", "margin_margin", "gap_margin")
 _ANSWERS = ("correct",)
+_NOISE = 1e-12
+"""A spread below this share of its parts is what float64 leaves of one that is zero."""
+
+ROUNDING = 1e-4
+"""An answer is displaced when its log-probability fell by more than this share of it: what is below is rounding."""
 
 
 class Sums:
@@ -55,7 +63,7 @@ class Sums:
 
 
 def empty(paired: bool, device: torch.device) -> Sums:
-    return Sums((*_COMMON, *(_PAIRED if paired else _ANSWERS)), device)
+    return Sums((*_COMMON, *((*_PAIRED, *_LENGTHS) if paired else _ANSWERS)), device)
 
 
 @torch.no_grad()
@@ -75,7 +83,13 @@ def of_batch(
     return {**sums, **_of_pairs(inputs, spec)}
 
 
-def _of_pairs(inputs: LossInputs, spec: LossSpec) -> dict[str, Tensor]:
+def of_work(batch: MicroBatch, *, packed: bool, flops: float) -> dict[str, Tensor | float]:
+    """What computing it took: places of the input, those of them that hold no token, useful operations."""
+    places = batch.places if packed else batch.padded_places
+    return {"places": places, "padding": 0 if packed else places - batch.tokens, "flops": flops}
+
+
+def _of_pairs(inputs: LossInputs, spec: LossSpec) -> dict[str, Tensor | float]:
     """Accuracy: margin of the implicit rewards > 0; an exact tie, as before the first step, counts one half (TRL counts
     it 0), so that an untrained policy scores one half and not nothing."""
     chosen_P, rejected_P = rewards(inputs, spec)
@@ -87,19 +101,57 @@ def _of_pairs(inputs: LossInputs, spec: LossSpec) -> dict[str, Tensor]:
         "rewards/accuracies": wins_P.sum(),
         "logps/chosen": inputs.chosen_P.sum(),
         "logps/rejected": inputs.rejected_P.sum(),
+        **_of_lengths(inputs, (chosen_P - rejected_P).double()),
     }
 
 
-def means(sums: Mapping[str, float], loss: str) -> dict[str, float]:
-    """Metrics by name, from sums over at least one row. Rewards and log-probabilities are means over pairs, in nats."""
+def _of_lengths(inputs: LossInputs, margin_P: Tensor) -> dict[str, Tensor | float]:
+    """What tells whether chosen answers are unlearnt, and whether the margin is one of lengths."""
+    displaced: Tensor | float = 0.0
+    if inputs.ref_chosen_P is not None:
+        displaced = (inputs.ref_chosen_P - inputs.chosen_P > ROUNDING * inputs.ref_chosen_P.abs()).sum()
+    gap_P = inputs.extra_tokens().double()
+    return {
+        "displaced": displaced,
+        "gap": gap_P.sum(),
+        "gap_gap": gap_P.square().sum(),
+        "margin_margin": margin_P.square().sum(),
+        "gap_margin": (gap_P * margin_P).sum(),
+    }
+
+
+def means(sums: Mapping[str, float], loss: LossName) -> dict[str, float]:
+    """Metrics by name, from sums over at least one row; docs/metrics.md says what each is."""
     rows = sums["rows"]
     divisor = rows if DIVISOR[loss] == "rows" else sums["answer_tokens"]
-    result = {"loss": sums["loss"] / divisor, "truncated_share": sums["truncated"] / rows}
+    result = {
+        "loss": sums["loss"] / divisor,
+        "truncated_share": sums["truncated"] / rows,
+        "padding_share": sums["padding"] / sums["places"],
+    }
     if "correct" in sums:
         return {**result, "mean_token_accuracy": sums["correct"] / sums["answer_tokens"]}
     result |= {name: sums[name] / rows for name in _PAIRED}
     result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]
+    result["length/gap"] = sums["gap"] / rows
+    if (correlation := length_correlation(sums)) is not None:
+        result["length/margin_correlation"] = correlation
+    if LOSS_TABLE[loss].reference:
+        result["logps/displaced_share"] = sums["displaced"] / rows
     return result
+
+
+def length_correlation(sums: Mapping[str, float]) -> float | None:
+    """Pearson's correlation of n_w - n_l and the reward margin over pairs; None where one of them does not vary.
+
+    From sums x, y, xx, yy, xy, so that it is that of all pairs, whatever micro-batch and rank they were in.
+    """
+    rows, gap, margin = sums["rows"], sums["gap"], sums["rewards/chosen"] - sums["rewards/rejected"]
+    spreads = rows * sums["gap_gap"] - gap**2, rows * sums["margin_margin"] - margin**2
+    if spreads[0] <= _NOISE * rows * sums["gap_gap"] or spreads[1] <= _NOISE * rows * sums["margin_margin"]:
+        return None
+    together = rows * sums["gap_margin"] - gap * margin
+    return max(-1.0, min(1.0, together / math.sqrt(spreads[0] * spreads[1])))
 
 
 def rates(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
@@ -107,6 +159,19 @@ def rates(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
     rows = "answers_per_second" if "correct" in sums else "pairs_per_second"
     seconds = max(seconds, 1e-9)
     return {rows: sums["rows"] / seconds, "tokens_per_second": sums["tokens"] / seconds}
+
+
+def utilisation(sums: Mapping[str, float], seconds: float, matrix_rate: float) -> dict[str, float]:
+    """Model FLOPs utilisation: useful operations a second, as a share of `matrix_rate`, that of all ranks."""
+    return {"mfu": sums["flops"] / max(seconds, 1e-9) / matrix_rate}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most that was ever held: by tensors on a GPU; on the CPU by the process, its libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
 def sentence(step: int, total: int, split: str, values: Mapping[str, float]) -> str:

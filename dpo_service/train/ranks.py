@@ -38,6 +38,10 @@ class Ranks:
         dist.all_reduce(total)
         return [float(value) for value in total.tolist()]
 
+    def gather(self, value: float) -> list[float]:
+        """`value` of every rank, by rank."""
+        return self.sum([value if rank == self.rank else 0.0 for rank in range(self.world)])
+
     def sum_tensor(self, tensor: Tensor) -> None:
         """Element-wise sum over ranks, in place, where the tensor lies."""
         if self.world > 1:

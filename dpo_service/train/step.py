@@ -20,8 +20,9 @@ from torch import Tensor
 from dpo_service.specs.run import RunSpec
 from dpo_service.train import metrics
 from dpo_service.train.batch import MicroBatch
+from dpo_service.train.flops import Cost
 from dpo_service.train.guard import Guard
-from dpo_service.train.logprobs import Completions, completion_logps
+from dpo_service.train.logprobs import Completions, completion_logps, packs
 from dpo_service.train.losses import LossInputs, pair_weights, row_losses
 from dpo_service.train.moving import MovingReference
 from dpo_service.train.optim import clip_gradients, learning_rate, trained_parameters
@@ -42,8 +43,10 @@ class TrainState:
     ranks: Ranks
     total_steps: int
     guard: Guard = field(init=False)
+    cost: Cost = field(init=False)
 
     def __post_init__(self) -> None:
+        self.cost = Cost.of(self.policy)
         self.guard = Guard(self.optimizer, self.ranks.device)
 
     @property
@@ -99,11 +102,13 @@ def _accumulate(state: TrainState, batch: MicroBatch, divisor: float) -> dict[st
 
 
 def _forward(state: TrainState, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
+    model = base_of(state.policy)
     with autocast(state.ranks.device, state.run.precision):
-        completions = completion_logps(base_of(state.policy), batch, aligned=state.run.loss.wpo)
+        completions = completion_logps(model, batch, aligned=state.run.loss.wpo)
     inputs = loss_inputs(batch, completions, state.reference(batch))
     loss_P = row_losses(inputs, state.run.loss)
-    return loss_P, metrics.of_batch(batch, completions, inputs, loss_P, state.run.loss)
+    work = metrics.of_work(batch, packed=packs(model), flops=state.cost.of_pairs(batch.segments))
+    return loss_P, metrics.of_batch(batch, completions, inputs, loss_P, state.run.loss) | work
 
 
 def loss_inputs(batch: MicroBatch, completions: Completions, reference: tuple[Tensor, Tensor] | None) -> LossInputs:

@@ -187,9 +187,14 @@ class Recorder:
         self.checkpoints: list[int] = []
         self.messages: list[str] = []
         self.references: dict[int, str] = {}
+        self.warnings: dict[str, str] = {}
 
-    def message(self, text):
-        self.messages.append(text)
+    def message(self, text, *, level="info", key=None, **data):
+        if level == "warn":
+            assert key not in self.warnings or self.warnings[key] == text
+            self.warnings[key] = text
+        else:
+            self.messages.append(text)
 
     def metrics(self, split, step, values, text):
         self.values[split, step] = dict(values)
