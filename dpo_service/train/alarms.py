@@ -234,8 +234,8 @@ RULES = (
         "length_exploitation",
         length_raised,
         length_cleared,
-        "The model may learn how long a good answer is, and not what makes it good (arXiv 2403.19159). "
-        "Set length_penalty or ld_alpha where the loss takes it, take loss sigmoid_norm or method simpo, or balance the data",
+        "The model may learn how long a good answer is, not what makes it good (arXiv 2403.19159). "
+        "Set length_penalty or ld_alpha where the loss takes it, or loss sigmoid_norm or method simpo, or balance data",
     ),
     Rule(
         "exploding_gradients",

@@ -78,7 +78,8 @@ def test_margins_that_go_with_length_are_told_with_what_was_seen(slope, kind):
     assert said.name == "length_exploitation"
     assert f"how much {kind} the chosen answer is (correlation {'-' * (slope < 0)}0.9" in said.text
     assert "length_penalty" in said.text
-    assert told([window(step) for step in range(40, 60)], watched=watched) == [(47, "length_exploitation", True)]
+    [(step, name, over)] = told([window(step) for step in range(40, 60)], watched=watched)
+    assert (name, over, 44 <= step <= 47) == ("length_exploitation", True, True)
 
 
 def test_a_gradient_many_times_the_usual_is_told_and_over_when_it_is_back():
@@ -134,9 +135,9 @@ def test_a_resumed_run_tells_what_the_unbroken_one_tells():
 def test_training_too_fast_unlearns_the_chosen_answers_and_says_so_once(tmp_path, model_dir):
     """Random answers: the only way to a larger margin is to make both unlikely, the rejected one more."""
     recorded = Recorder()
-    job = make_job(tmp_path, model_dir, rows=96, steps=20, batch_size=16, learning_rate=0.1, save_every_steps=6)
+    job = make_job(tmp_path, model_dir, rows=96, steps=20, batch_size=16, learning_rate=0.3, save_every_steps=6)
     with pytest.raises(KeyboardInterrupt):
-        job.train(reports=recorded, stop=_interrupted_at(16))
+        job.train(reports=recorded, stop=_interrupted_at(11))
     job.train(reports=recorded)
     names = [key.split(":")[1] for key in recorded.warnings]
     assert names.count("displacement") == 1
@@ -157,8 +158,8 @@ def _interrupted_at(step):
 
 
 def test_labels_drawn_at_random_leave_accuracy_at_one_half(tmp_path, model_dir):
-    columns, recorded = random_rows(320), Recorder()
-    make_job(tmp_path, model_dir, columns=columns, steps=20, batch_size=32, learning_rate=1e-7).train(reports=recorded)
+    columns, recorded = random_rows(640), Recorder()
+    make_job(tmp_path, model_dir, columns=columns, steps=20, batch_size=32, micro_batch_size=32, learning_rate=1e-7).train(reports=recorded)
     assert any(key.startswith("alarm:accuracy:") for key in recorded.warnings)
 
 
@@ -174,6 +175,6 @@ def test_answers_told_apart_by_length_alone_are_told(tmp_path, model_dir):
         "rejected": [[9] * int(min(pair)) for pair in lengths],
     }
     recorded = Recorder()
-    make_job(tmp_path, model_dir, columns=columns, steps=20, batch_size=32, learning_rate=1e-3).train(reports=recorded)
+    make_job(tmp_path, model_dir, columns=columns, steps=20, batch_size=32, micro_batch_size=32, learning_rate=1e-3).train(reports=recorded)
     assert any(key.startswith("alarm:length_exploitation:") for key in recorded.warnings)
     assert recorded.values["train", 20]["length/margin_correlation"] > 0.5
