@@ -121,6 +121,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
         if best and 2.0 * size**3 / best > LONGEST_S:
             break
         best = max(best, _rate(size, device, dtype, BUDGET_S / len(SIZES)))
+    if device.type == "cuda":
+        # What was held for this is not the training's.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     return best
 
 

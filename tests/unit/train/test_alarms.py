@@ -159,7 +159,9 @@ def _interrupted_at(step):
 
 def test_labels_drawn_at_random_leave_accuracy_at_one_half(tmp_path, model_dir):
     columns, recorded = random_rows(640), Recorder()
-    make_job(tmp_path, model_dir, columns=columns, steps=20, batch_size=32, micro_batch_size=32, learning_rate=1e-7).train(reports=recorded)
+    make_job(
+        tmp_path, model_dir, columns=columns, steps=20, batch_size=32, micro_batch_size=32, learning_rate=1e-7
+    ).train(reports=recorded)
     assert any(key.startswith("alarm:accuracy:") for key in recorded.warnings)
 
 
@@ -175,6 +177,8 @@ def test_answers_told_apart_by_length_alone_are_told(tmp_path, model_dir):
         "rejected": [[9] * int(min(pair)) for pair in lengths],
     }
     recorded = Recorder()
-    make_job(tmp_path, model_dir, columns=columns, steps=20, batch_size=32, micro_batch_size=32, learning_rate=1e-3).train(reports=recorded)
+    make_job(
+        tmp_path, model_dir, columns=columns, steps=20, batch_size=32, micro_batch_size=32, learning_rate=1e-3
+    ).train(reports=recorded)
     assert any(key.startswith("alarm:length_exploitation:") for key in recorded.warnings)
     assert recorded.values["train", 20]["length/margin_correlation"] > 0.5
