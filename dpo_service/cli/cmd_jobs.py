@@ -1,4 +1,4 @@
-"""`dpo submit`, `jobs`, `watch`, `logs`, `pause`, `resume` and `cancel`."""
+"""`dpo submit`, `jobs`, `watch`, `metrics`, `logs`, `pause`, `resume` and `cancel`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
     app.command("submit")(submit)
     app.command("jobs")(jobs)
     app.command("watch")(watch)
+    app.command("metrics")(metrics)
     app.command("logs")(logs)
     app.command("pause")(pause)
     app.command("resume")(resume)
@@ -144,6 +145,26 @@ def _follow(service: Service, job_id: str, *, as_json: bool) -> int:
             soft_wrap=True,
         )
     return int(ExitCode.OK)
+
+
+def metrics(
+    job_id: JobId, url: Url = None, api_key: ApiKey = None, data_dir: DataDir = None, as_json: AsJson = False
+) -> None:
+    """Show how every training metric of a job went, and its warnings; --json: a line of values a step."""
+    from dpo_service.cli.output import err, out, print_json
+    from dpo_service.cli.watch import Progress, summary
+
+    progress = Progress(job_id)
+    service = connect(url, api_key, data_dir)
+    for event in reversed(list(service.pages(f"{job_path(job_id)}/events", limit=100))):
+        progress.take(event)
+        if as_json and event["type"] == "metrics":
+            print_json(event["data"])
+    if as_json:
+        return
+    out.print(summary(progress.history) if progress.history else "The job has not trained yet.")
+    for warning in progress.warnings.values():
+        err.print(f"Warning: {warning}", style="bold yellow", markup=False, soft_wrap=True)
 
 
 def logs(

@@ -1,6 +1,6 @@
 """Following a job: events by server-sent events, by polling where the stream breaks; drawn live, or as plain lines.
 
-GET events?stream=true ──> Progress (what is known of the run) ──> draw()     bar, loss, margin, spark line
+GET events?stream=true ──> Progress (what is known of the run) ──> draw()     bar, numbers, spark lines, warnings
       │                        ^                               └─> lines      when not a terminal
       └─ broken: wait for the service, take up after the last event
 GET the job, every 2 s ───────┘    status, stage, total steps
@@ -23,7 +23,7 @@ from rich.text import Text
 
 from dpo_service.cli.client import TERMINAL, Json, Service, job_path
 from dpo_service.cli.exits import CliError, ExitCode, Refused
-from dpo_service.cli.output import duration, err, job_status, print_json, status
+from dpo_service.cli.output import duration, err, job_status, print_json, status, table
 
 POLL_S = 1.0
 LOOK_S = 2.0
@@ -38,7 +38,12 @@ SHOWN = {
     "pairs_per_second": "pairs/s",
     "answers_per_second": "answers/s",
     "tokens_per_second": "tokens/s",
+    "mfu": "MFU",
+    "peak_memory_gib": "peak GiB",
+    "logps/displaced_share": "displaced",
+    "length/margin_correlation": "length correlation",
 }
+SPARKED = ("loss", "rewards/margins", "rewards/accuracies", "mean_token_accuracy")
 EVAL_SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "mean_token_accuracy")
 
 
@@ -55,7 +60,10 @@ class Progress:
     """When it will have ended at this pace, in seconds since the epoch."""
     metrics: dict[str, float] = field(default_factory=dict)
     evals: dict[int, dict[str, float]] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
+    history: dict[str, list[float]] = field(default_factory=dict)
+    """Every training metric, from the first line on."""
+    warnings: dict[str, str] = field(default_factory=dict)
+    """Those that hold, by what they are of."""
     message: str = ""
 
     def see(self, job: Json) -> None:
@@ -72,7 +80,7 @@ class Progress:
         """Learn from one event of the job."""
         data = event.get("data") or {}
         if event.get("type") != "metrics":
-            self.message = str(event.get("message", ""))
+            self._hear(str(event.get("message", "")), event.get("level"), data.get("alarm"))
             return
         values = {name: float(value) for name, value in data.items() if isinstance(value, int | float)}
         step = int(values.get("step", 0))
@@ -80,8 +88,15 @@ class Progress:
             self.evals[step] = values
             return
         self.step, self.metrics = step, values
-        if "loss" in values:
-            self.losses.append(values["loss"])
+        for name, value in values.items():
+            self.history.setdefault(name, []).append(value)
+
+    def _hear(self, message: str, level: object, alarm: object) -> None:
+        self.message = message
+        if level in ("warn", "error"):
+            self.warnings[str(alarm or message)] = message
+        elif alarm:
+            self.warnings.pop(str(alarm), None)
 
     @property
     def seconds_left(self) -> float | None:
@@ -109,9 +124,14 @@ def draw(progress: Progress, started: float) -> RenderableType:
     lines.append(bar)
     if progress.metrics:
         lines.append(Text("   ".join(_numbers(progress.metrics, tuple(SHOWN)))))
-        lines.append(Text(f"loss {spark_line(progress.losses)}", style="cyan"))
+        lines += [
+            Text(f"{SHOWN[name]:14} {spark_line(progress.history[name])}", style="cyan")
+            for name in SPARKED
+            if name in progress.history
+        ]
     for step, values in sorted(progress.evals.items())[-2:]:
         lines.append(Text(f"validation at step {step}: " + "   ".join(_numbers(values, EVAL_SHOWN)), style="dim"))
+    lines += [Text(f"Warning: {text}", style="bold yellow") for text in progress.warnings.values()]
     lines.append(Text(progress.message, style="dim", overflow="ellipsis", no_wrap=True))
     return Group(*lines)
 
@@ -222,7 +242,18 @@ def _follow_lines(service: Service, job_id: str, progress: Progress) -> None:
         if training and time.monotonic() - printed < LINE_EVERY_S:
             continue
         printed = time.monotonic() if training else printed
-        err.print(escape(event_line(event)), soft_wrap=True)
+        warns = event.get("level") not in (None, "info")
+        err.print(escape(event_line(event)), soft_wrap=True, style="bold yellow" if warns else None)
+
+
+def summary(history: dict[str, list[float]]) -> Table:
+    """Every metric's way: its first and newest value, the smallest and the largest, and a spark line."""
+    rows = [
+        (name, *(f"{value:.4g}" for value in (values[0], values[-1], min(values), max(values))), spark_line(values))
+        for name, values in history.items()
+        if name != "step"
+    ]
+    return table(("metric", "first", "newest", "least", "most", "over the steps"), rows)
 
 
 def require_success(job: Json) -> None:

@@ -92,3 +92,14 @@ def test_pause_and_resume_say_how_the_job_is(dpo, service, capsys):
     assert json.loads(capsys.readouterr().out)["state"] == "submitting"
     asked = [path.rpartition("/")[2] for method, path, _ in service.requests if method == "POST"]
     assert asked == ["pause", "resume", "resume"]
+
+
+def test_metrics_of_a_job_as_a_table_and_as_lines(dpo, service, capsys):
+    service.events.append({**service.events[0], "level": "warn", "message": "Exploding gradients", "id": "ftevent-9"})
+    assert dpo("metrics", "ftjob-1") == ExitCode.OK
+    printed = capsys.readouterr()
+    assert "0.7" in printed.out
+    assert "Warning: Exploding gradients" in printed.err
+    assert dpo("metrics", "ftjob-1", "--json") == ExitCode.OK
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["split"], line["step"]) for line in lines] == [("eval", 0), ("train", 1), ("train", 2)]

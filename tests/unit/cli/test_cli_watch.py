@@ -6,7 +6,7 @@ import time
 
 from rich.console import Console
 
-from dpo_service.cli.watch import Progress, draw, spark_line
+from dpo_service.cli.watch import Progress, draw, spark_line, summary
 
 
 def metrics(step: int, split: str = "train", **values: float) -> dict:
@@ -27,7 +27,12 @@ def test_progress_learns_from_events_and_from_the_job():
     progress.take(metrics(0, "eval", **{"rewards/accuracies": 0.5}))
     progress.take(metrics(3, loss=0.6))
     progress.see({"status": "running", "dataset": {"total_steps": 9}, "estimated_finish": time.time() + 60})
-    assert (progress.step, progress.total, progress.losses, progress.message) == (3, 9, [0.6], "Training on 1 worker")
+    assert (progress.step, progress.total, progress.history["loss"], progress.message) == (
+        3,
+        9,
+        [0.6],
+        "Training on 1 worker",
+    )
     assert progress.evals[0]["rewards/accuracies"] == 0.5
     assert 55 < progress.seconds_left <= 60
 
@@ -63,6 +68,30 @@ def test_the_picture_shows_bar_numbers_and_evaluations():
         "validation at step 10",
     ):
         assert words in shown
+
+
+def shown(picture) -> str:
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(picture)
+    return console.export_text()
+
+
+def test_a_warning_stays_in_the_picture_until_it_no_longer_holds():
+    progress = Progress("ftjob-1")
+    alarm = {"alarm": "displacement", "step": 8}
+    progress.take({"type": "message", "level": "warn", "message": "Likelihood displacement: 90%", "data": alarm})
+    progress.take({"type": "message", "level": "info", "message": "Checkpoint of step 9 saved", "data": {"step": 9}})
+    assert "Warning: Likelihood displacement: 90%" in shown(draw(progress, time.monotonic()))
+    progress.take({"type": "message", "level": "info", "message": "It no longer holds", "data": alarm})
+    assert "Warning" not in shown(draw(progress, time.monotonic()))
+
+
+def test_the_summary_has_every_metrics_way():
+    progress = Progress("ftjob-1")
+    for step, value in ((1, 0.5), (2, 0.75), (3, 0.25)):
+        progress.take(metrics(step, **{"logps/displaced_share": value}))
+    (line,) = [line for line in shown(summary(progress.history)).splitlines() if "displaced" in line]
+    assert line.split() == ["logps/displaced_share", "0.5", "0.25", "0.25", "0.75", "▅█▁"]
 
 
 def test_before_training_the_stage_is_shown():
