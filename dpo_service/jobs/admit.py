@@ -81,6 +81,7 @@ async def admit(
         rows=usable.train_rows,
         max_length=max_length,
         layer_width=model.layer_width,
+        router_coef=model.router_coef,
         seed=seed,
     )
     return run, usable.report

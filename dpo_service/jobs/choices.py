@@ -5,6 +5,7 @@ n_epochs        3 below 2,000 training rows, 2 below 20,000, else 1
 micro_batch     of a worker's share of the batch as many rows as hold 8,192 tokens
 learning rate   the loss's own (specs/loss.py) times the multiplier; ten times that with LoRA
 max_length      what the model allows, at most 1024
+router loss     the weight that the model's configuration gives it
 precision       float32 on CPUs, bfloat16 on GPUs
 checkpointing   of activations: off on CPUs; on GPUs on where the longest micro-batch would keep over 16 GB of them
 reference       cached, where the method has one; live, where it is refreshed
@@ -52,12 +53,14 @@ def decide(
     rows: int,
     max_length: int,
     layer_width: int,
+    router_coef: float | None,
     seed: int,
 ) -> RunSpec:
-    """The run. `rows` is how many there are to train on; `layer_width` the model's layers times its hidden size.
+    """The run. `rows` is how many there are to train on; `layer_width` the model's layers times its hidden size;
+    `router_coef` is that of its configuration, None for a dense one.
 
     Raises:
-        InvalidSpec: the batch, the workers and the rows do not go together.
+        InvalidSpec: the batch, the workers and the rows do not go together, or the model has no router.
     """
     batch = _batch(spec, rows)
     return RunSpec(
@@ -72,6 +75,7 @@ def decide(
         precision=_precision(spec),
         activation_checkpointing=_activation_checkpointing(spec, batch, max_length, layer_width),
         compile=spec.compile,
+        router_aux_loss_coef=_router(spec, router_coef),
         lora=spec.lora,
         resources=_resources(spec),
         seed=seed,
@@ -198,6 +202,21 @@ def _resources(spec: JobSpec) -> ResourceSpec:
     if spec.resources.strategy == "fsdp":
         raise InvalidSpec("strategy 'fsdp' cannot be had; use 'ddp' or 'auto'", param="resources.strategy")
     return spec.resources.model_copy(update={"strategy": "ddp"})
+
+
+def _router(spec: JobSpec, own: float | None) -> float:
+    asked = chosen_or(spec.router_aux_loss_coef, own or 0.0)
+    if asked and own is None:
+        raise InvalidSpec(
+            f"model {spec.model!r} has no experts whose load could be balanced; remove router_aux_loss_coef",
+            param="router_aux_loss_coef",
+        )
+    if asked and spec.compile:
+        raise InvalidSpec(
+            "compiled layers do not show their routers' logits; set compile to false, or router_aux_loss_coef to 0",
+            param="compile",
+        )
+    return asked
 
 
 def _precision(spec: JobSpec) -> Literal["float32", "bfloat16"]:

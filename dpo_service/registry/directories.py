@@ -13,6 +13,23 @@ from dpo_service.errors import ModelNotFound
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 LAYER_FIELDS, WIDTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model")
+ROUTED = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "olmoe",
+    "flex_olmo",
+    "granitemoe",
+    "phimoe",
+    "minimax",
+    "minimax_m2",
+    "gpt_oss",
+    "jamba",
+    "ernie4_5_moe",
+)
+"""Mixtures of experts whose load-balancing loss can be trained, by `model_type`."""
+DEFAULT_ROUTER_COEF = 0.001
 NO_LENGTH = 1 << 20
 """`max_length` of a model that names no limit."""
 
@@ -26,6 +43,8 @@ class DirectoryFacts:
     """Layers times hidden size: what a token's activations grow with; 0 where the configuration does not say."""
     vocab_size: int
     has_chat_template: bool
+    router_coef: float | None
+    """Weight that the model gives the load-balancing loss of its experts; None = it has no such loss."""
     weight_bytes: int
     """Size of the weight files; 0 where they are not here yet (hub)."""
 
@@ -49,6 +68,7 @@ def inspect(directory: Path, name: str, *, weights_here: bool = True) -> Directo
         layer_width=_product(text, LAYER_FIELDS, WIDTH_FIELDS),
         vocab_size=int(text.get("vocab_size") or 0),
         has_chat_template=_has_chat_template(directory),
+        router_coef=_router_coef(text),
         weight_bytes=weights,
     )
 
@@ -63,6 +83,13 @@ def _config(directory: Path, name: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise _refused(name, "its config.json is no JSON object")
     return config
+
+
+def _router_coef(config: dict[str, Any]) -> float | None:
+    if config.get("model_type") not in ROUTED:
+        return None
+    value = config.get("router_aux_loss_coef")
+    return float(value) if isinstance(value, int | float) else DEFAULT_ROUTER_COEF
 
 
 def _product(config: dict[str, Any], *choices: tuple[str, ...]) -> int:

@@ -44,6 +44,8 @@ class ModelFacts:
     layer_width: int
     vocab_size: int
     has_chat_template: bool
+    router_coef: float | None
+    """Weight that the model gives the load-balancing loss of its experts; None = it has no such loss."""
     weight_bytes: int
     digest: str | None
     """Identity of a published model; None for the user's own."""
@@ -87,6 +89,7 @@ async def _facts(
         layer_width=found.layer_width,
         vocab_size=found.vocab_size,
         has_chat_template=found.has_chat_template,
+        router_coef=found.router_coef,
         weight_bytes=found.weight_bytes,
         digest=digest,
     )

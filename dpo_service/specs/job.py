@@ -63,6 +63,8 @@ class JobSpec(Spec):
     """Compute each layer again in the backward pass rather than keep what it computed."""
     compile: bool = False
     """torch.compile the layers: for GPUs; on a CPU it costs a minute at the start and gains nothing."""
+    router_aux_loss_coef: Auto[Annotated[float, Field(ge=0, le=1)]] = AUTO
+    """Weight of the load-balancing loss of a mixture of experts; auto: what the model's configuration says."""
     shuffle: bool = True
     """False keeps the file's order."""
     micro_batch_size: Auto[Annotated[int, Field(ge=1, le=256)]] = AUTO

@@ -51,6 +51,8 @@ class RunSpec(Spec):
     precision: Literal["float32", "bfloat16"]
     activation_checkpointing: bool = False
     compile: bool = False
+    router_aux_loss_coef: float = 0.0
+    """Weight of a mixture's load-balancing loss (train/router.py); 0 = none."""
     lora: LoraSpec | None = None
     resources: ResourceSpec
     seed: int

@@ -17,6 +17,7 @@ from dpo_service.train.attention import interface as attention
 from dpo_service.train.attention.layout import Layout, Trial
 from dpo_service.train.batch import MicroBatch, collate, padded
 from dpo_service.train.head import Head, head_logps, logit_logps
+from dpo_service.train.router import router_loss
 from dpo_service.train.rows import Example
 
 log = logging.getLogger(__name__)
@@ -36,19 +37,24 @@ class Completions(NamedTuple):
     """The part of `logps_S` that lies past the length of the pair's shorter answer."""
     aligned_S: Tensor | None = None
     """Sum over the completion's tokens of log p(token) - log sum_v p(v)^2; no gradient."""
+    router_loss: Tensor | None = None
+    """Load-balancing loss of a mixture of experts (`router`), a scalar."""
 
 
 def completion_logps(
-    model: nn.Module, batch: MicroBatch, *, chunk: int | None = None, aligned: bool = False
+    model: nn.Module, batch: MicroBatch, *, chunk: int | None = None, aligned: bool = False, routed: bool = False
 ) -> Completions:
     """Log-probability of each sequence's completion under a causal language model of transformers.
 
     A packed `batch` is padded first where the model cannot compute it as it is (`packs`). The output head takes `chunk`
-    tokens at a time, by default as many as `head.CHUNK_LOGITS` allows. `aligned` asks for `aligned_S`.
+    tokens at a time, by default as many as `head.CHUNK_LOGITS` allows. `aligned` asks for `aligned_S`,
+    `routed` for `router_loss`.
     """
     batch = batch if packs(model) else padded(batch)
     head = split_head(model)
-    hidden_CH = _hidden(model, batch, split=head is not None)
+    options: dict[str, Any] = {"output_router_logits": True} if routed else {}
+    output = _run(model, batch, split=head is not None, **options)
+    hidden_CH = _predicting(output, batch, split=head is not None)
     if head is None:
         logps_C, first_C, square_C = logit_logps(hidden_CH, batch.target_C, squares=aligned)
     else:
@@ -63,17 +69,23 @@ def completion_logps(
         by_sequence(first_C),
         by_sequence(logps_C * batch.tail_C),
         None if square_C is None else by_sequence(logps_C.detach() - square_C),
+        router_loss(model, output.router_logits, batch) if routed else None,
     )
 
 
-def _hidden(model: nn.Module, batch: MicroBatch, *, split: bool, layout: Layout | None = None) -> Tensor:
-    """What predicts the completion tokens: hidden states [C, H], or logits [C, V] of a model that is not split."""
+def _run(model: nn.Module, batch: MicroBatch, *, split: bool, layout: Layout | None = None, **options: Any) -> Any:
+    """What the model says of `batch`, or its body alone where the head is split off."""
     arguments: dict[str, Any] = {"attention_mask": batch.attention_mask_BL}
     if batch.attention_mask_BL is None:
         layout = layout or attention.row_layout(batch.segments, batch.input_ids_BL.device)
         arguments = attention.forward_arguments(layout)
+    ids, positions = batch.input_ids_BL, batch.position_ids_BL
     module = _body(model) if split else model
-    output = module(input_ids=batch.input_ids_BL, position_ids=batch.position_ids_BL, use_cache=False, **arguments)
+    return module(input_ids=ids, position_ids=positions, use_cache=False, **arguments, **options)
+
+
+def _predicting(output: Any, batch: MicroBatch, *, split: bool) -> Tensor:
+    """What predicts the completion tokens: hidden states [C, H], or logits [C, V] of a model that is not split."""
     states_BLH: Tensor = output.last_hidden_state if split else output.logits
     return states_BLH.flatten(0, 1)[batch.source_C]
 
@@ -110,12 +122,13 @@ def _try_packing(model: Any) -> str | None:
     trial = Trial(batch.segments, batch.input_ids_BL.device, "sdpa")
     split = split_head(model) is not None
     own = model.config._attn_implementation
-    expected_CH = _hidden(model, padded(batch), split=split)
+    plain = padded(batch)
+    expected_CH = _predicting(_run(model, plain, split=split), plain, split=split)
     reason: str | None = "it does not give the same result packed"
     try:
         attention.register()
         model.set_attn_implementation(attention.NAME)
-        found_CH = _hidden(model, batch, split=split, layout=trial)
+        found_CH = _predicting(_run(model, batch, split=split, layout=trial), batch, split=split)
         tolerance = PROBE_TOLERANCE if found_CH.dtype in (torch.float32, torch.float64) else COARSE_TOLERANCE
         if (found_CH - expected_CH).norm() <= tolerance * expected_CH.norm():
             reason = _hidden_masks(model, trial)

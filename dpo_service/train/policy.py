@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo_service.errors import TrainingError
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.train.logprobs import split_head, use_packing
 
@@ -31,11 +32,16 @@ COPIED = (
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> Any:
-    """A causal language model in float32, without dropout. Safetensors only; no code from the model is run."""
+    """A causal language model in float32, without dropout. Safetensors only; no code from the model is run.
+
+    Raises:
+        TrainingError: transformers has no model of this kind of its own.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    _require_known(path)
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
@@ -43,6 +49,22 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> Any:
     split_head(model)
     use_packing(model)
     return model
+
+
+def _require_known(path: Path) -> None:
+    """A model that brings its own code, or is no causal one, is refused by what is wrong, not by where it fails."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except ValueError as error:
+        raise TrainingError(
+            f"the model's architecture is not one of transformers' own ({str(error).splitlines()[0]}); code that a "
+            "model brings is never run: use a model of a known architecture"
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise TrainingError(f"{config.model_type!r} is no causal language model; use one that is")
 
 
 def add_adapter(model: Any, spec: LoraSpec, seed: int) -> Any:

@@ -20,8 +20,10 @@ from dpo_service.train import saving
 from dpo_service.train.layers import prepare_layers
 from dpo_service.train.moving import MovingReference
 from dpo_service.train.optim import build_optimizer
+from dpo_service.train.policy import base_of
 from dpo_service.train.ranks import Ranks
 from dpo_service.train.reference import Reference, build_reference
+from dpo_service.train.router import require_router
 from dpo_service.train.rows import RowTable
 from dpo_service.train.step import TrainState
 
@@ -43,9 +45,12 @@ def build_state(
 
     Raises:
         CheckpointError: the checkpoint was trained against another reference.
+        TrainingError: the job asks of the model what it has not.
     """
     policy = saving.load_policy(run, model_dir, checkpoint, ranks.device)
     prepare_layers(policy, run)
+    if run.router_aux_loss_coef:
+        require_router(base_of(policy))
     reference = _reference(run, policy, model_dir, ranks.device)
     state = TrainState(run, policy, reference, build_optimizer(policy, run.optim), ranks, total_steps)
     if checkpoint is not None:

@@ -23,7 +23,7 @@ from dpo_service.train.batch import MicroBatch
 from dpo_service.train.flops import Cost
 from dpo_service.train.guard import Guard
 from dpo_service.train.logprobs import Completions, completion_logps, packs
-from dpo_service.train.losses import LossInputs, pair_weights, row_losses
+from dpo_service.train.losses import DIVISOR, LossInputs, pair_weights, row_losses
 from dpo_service.train.moving import MovingReference
 from dpo_service.train.optim import clip_gradients, learning_rate, trained_parameters
 from dpo_service.train.policy import adapter_dropout, autocast, base_of
@@ -102,11 +102,14 @@ def _accumulate(state: TrainState, batch: MicroBatch, divisor: float) -> dict[st
 
 
 def _forward(state: TrainState, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-    model = base_of(state.policy)
+    model, router = base_of(state.policy), state.run.router_aux_loss_coef
     with autocast(state.ranks.device, state.run.precision):
-        completions = completion_logps(model, batch, aligned=state.run.loss.wpo)
+        completions = completion_logps(model, batch, aligned=state.run.loss.wpo, routed=router > 0)
     inputs = loss_inputs(batch, completions, state.reference(batch))
     loss_P = row_losses(inputs, state.run.loss)
+    if completions.router_loss is not None:
+        by_rows = DIVISOR[state.run.loss.name] == "rows"
+        loss_P = loss_P + router * completions.router_loss * (1.0 if by_rows else inputs.chosen_tokens_P)
     work = metrics.of_work(batch, packed=packs(model), flops=state.cost.of_pairs(batch.segments))
     return loss_P, metrics.of_batch(batch, completions, inputs, loss_P, state.run.loss) | work
 

@@ -26,6 +26,7 @@ RUN_FIELDS = (
     "precision",
     "activation_checkpointing",
     "compile",
+    "router_aux_loss_coef",
     "lora",
     "resources",
     "logging_steps",

@@ -213,3 +213,17 @@ def test_chat_template_in_a_file_of_its_own(tmp_path, name):
     assert not inspect(directory, "m").has_chat_template
     (directory / name).write_text("{{ x }}")
     assert inspect(directory, "m").has_chat_template
+
+
+@pytest.mark.parametrize(
+    ("config", "coefficient"),
+    [
+        ({"model_type": "llama", "router_aux_loss_coef": 0.5}, None),
+        ({"model_type": "mixtral", "router_aux_loss_coef": 0.02}, 0.02),
+        ({"model_type": "mixtral", "router_aux_loss_coef": 0}, 0.0),
+        ({"model_type": "qwen3_moe"}, 0.001),
+        ({"text_config": {"model_type": "olmoe", "router_aux_loss_coef": 0.01}}, 0.01),
+    ],
+)
+def test_the_router_loss_of_a_mixture(tmp_path, config, coefficient):
+    assert inspect(save(tmp_path / "m", **config), "m").router_coef == coefficient

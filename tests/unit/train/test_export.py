@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dpo_service.checkpoint.load import newest_valid
+from dpo_service.errors import TrainingError
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.train.policy import load_model
 from dpo_service.train.saving import load_policy
@@ -57,3 +58,18 @@ def test_lora_exports_merged_model_and_adapter(tmp_path, model_dir):
     assert adapter["base_model_name_or_path"] == "tiny"
     assert "lm_head" not in adapter["target_modules"]
     assert not (checkpoint.state / "weights.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "t5", "d_model": 8}, "no causal language model"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, "code that a model brings is never run"),
+        ({"model_type": "never heard of"}, "not one of transformers' own"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_by_what_it_is(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text("raise SystemExit('this must not run')")
+    with pytest.raises(TrainingError, match=message):
+        load_model(tmp_path)
