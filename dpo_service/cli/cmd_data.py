@@ -120,10 +120,14 @@ def show_report(report: DatasetReport, title: str) -> None:
 
 
 def _facts(report: DatasetReport) -> list[tuple[str, str]]:
+    unpaired = report.desirable is not None
+    contradictions = "answers with both labels" if unpaired else "pairs whose reverse is in the file too"
     counts = {
         "prompts that lose their beginning": report.truncated_prompts,
         "answers cut at the end": report.truncated_answers,
-        "pairs whose reverse is in the file too": report.contradictions,
+        "desirable answers": report.desirable or 0,
+        "undesirable answers": report.undesirable or 0,
+        contradictions: report.contradictions,
         "ties": report.ties,
     }
     facts = [(name, f"{count:,}") for name, count in counts.items() if count]

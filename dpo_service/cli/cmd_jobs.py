@@ -30,7 +30,7 @@ def submit(
     model: Annotated[
         str | None, typer.Option(help="The model to train: hub id, name, path, or an earlier result.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="dpo, ipo, orpo, simpo or supervised. [default: dpo]")] = None,
+    method: Annotated[str | None, typer.Option(help="dpo, ipo, orpo, simpo, kto or supervised. [default: dpo]")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(

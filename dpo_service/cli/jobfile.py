@@ -12,7 +12,8 @@ DOCUMENT_SUFFIXES = (".yaml", ".yml")
 FILE_FIELDS = ("training_file", "validation_file")
 HYPERPARAMETERS = (
     "batch_size", "n_epochs", "learning_rate_multiplier", "loss", "beta", "label_smoothing", "discopop_tau",
-    "length_penalty", "rpo_alpha", "wpo", "ld_alpha", "length_normalize", "lam", "gamma_beta_ratio",
+    "length_penalty", "rpo_alpha", "wpo", "ld_alpha", "length_normalize", "lam", "gamma_beta_ratio", "desirable_weight",
+    "undesirable_weight",
 )  # fmt: skip
 """What `--set name=value` puts into the method's own block."""
 

@@ -23,7 +23,8 @@ from dpo_service.data.ray_data import quiet
 from dpo_service.errors import InvalidData
 from dpo_service.rows.encode import Encoded, encode
 from dpo_service.rows.facts import FACTS, Facts, fact_of
-from dpo_service.rows.formats import BY_NAME, Format, normalise, recognise, require_kind
+from dpo_service.rows.formats import BY_NAME, Format, recognise
+from dpo_service.rows.kinds import as_kind, rows_of
 from dpo_service.rows.sources import parse_row, raw_rows
 from dpo_service.rows.template import Tokenizer
 from dpo_service.specs.data import DataSpec, Truncation
@@ -33,7 +34,7 @@ SHARD_BYTES = 4 << 20
 _RAW = pa.schema([("line", pa.int64()), ("row", pa.binary())])
 _TOKENS = pa.list_(pa.int32())
 ENCODED = pa.schema([("prompt", _TOKENS), ("first", _TOKENS), ("second", _TOKENS)])
-"""Token ids: `first` is the chosen answer, or the only one."""
+"""Token ids: `first` is the chosen answer, or the only one; `second` that of a pair, or of KTO's mismatched row."""
 _RESULT = pa.schema(
     [("facts", pa.binary(FACTS.itemsize)), ("error", pa.string()), ("error_line", pa.int64()), *ENCODED]
 )
@@ -96,7 +97,7 @@ def spool(path: Path, name: str, rows: RowKind, directory: Path, progress: Progr
     for line, text in raw_rows(path, name):
         if found is None:
             found = recognise(parse_row(text, line), line)
-            require_kind(found, rows)
+            found = as_kind(found, rows)
         lines.append(line)
         texts.append(text)
         count, size = count + 1, size + len(text)
@@ -122,6 +123,7 @@ def _encode_shards(shards: list[Path], found: Format, spec: DataSpec, model_dir:
             num_cpus=0.5,
             fn_kwargs={
                 "format_name": found.name,
+                "kind": found.rows,
                 "model_dir": str(model_dir),
                 "max_length": spec.max_length,
                 "truncation": spec.truncation,
@@ -131,21 +133,21 @@ def _encode_shards(shards: list[Path], found: Format, spec: DataSpec, model_dir:
 
 
 def encode_batch(
-    table: pa.Table, *, format_name: str, model_dir: str, max_length: int, truncation: Truncation
+    table: pa.Table, *, format_name: str, kind: RowKind, model_dir: str, max_length: int, truncation: Truncation
 ) -> pa.Table:
     """Raw rows (line, row) to facts and token ids, up to the first bad row, which is the last of the result."""
-    tokenizer, expected = _tokenizer(model_dir), BY_NAME[format_name]
+    tokenizer, expected = _tokenizer(model_dir), as_kind(BY_NAME[format_name], kind)
     facts, tokens = [], []
     bad: InvalidData | None = None
     for line, text in zip(table["line"].to_pylist(), table["row"].to_pylist(), strict=True):
         try:
-            row = normalise(parse_row(text, line), line, expected)
-            encoded = encode(row, tokenizer, max_length, truncation)
+            rows = rows_of(parse_row(text, line), line, expected)
+            encoded = [encode(row, tokenizer, max_length, truncation) for row in rows]
         except InvalidData as error:
             bad = error
             break
-        facts.append(fact_of(row, encoded))
-        tokens.append([encoded.prompt, *encoded.answers] if isinstance(encoded, Encoded) else [])
+        facts += [fact_of(row, made) for row, made in zip(rows, encoded, strict=True)]
+        tokens += [[made.prompt, *made.answers] if isinstance(made, Encoded) else [] for made in encoded]
     return _result(np.array(facts, FACTS), tokens, bad)
 
 

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from dpo_service.data.encoding import EncodedFile, Progress, encode_file
 from dpo_service.data.reference import ScorerFactory, add_columns, cache_key, reference_logps
-from dpo_service.data.splits import split_digest, write_split
+from dpo_service.data.splits import split_digest, with_mismatched, write_split
 from dpo_service.errors import InvalidData, InvalidSpec, StopAsked
-from dpo_service.manifests.dataset import DatasetManifest, DatasetReport, SplitManifest
+from dpo_service.manifests.dataset import ANSWERS, DatasetManifest, DatasetReport, SplitManifest
 from dpo_service.reports import Reporter
 from dpo_service.rows.check import MIN_ROWS, require_rows
 from dpo_service.rows.facts import decide, report
@@ -33,6 +33,7 @@ from dpo_service.rows.plan import BatchPlan
 from dpo_service.rows.summary import summary
 from dpo_service.rows.template import Tokenizer
 from dpo_service.specs.data import DataSpec
+from dpo_service.specs.method import RowKind
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import BatchSpec
 from dpo_service.storage import paths
@@ -100,7 +101,7 @@ def _existing(store: Store, key: str) -> DatasetManifest | None:
 
 
 def _verifies(store: Store, manifest: DatasetManifest, split: SplitManifest) -> bool:
-    names = ["prompt", "chosen", "rejected"] if manifest.rows == "pairs" else ["prompt", "answer"]
+    names = ["prompt", *ANSWERS[manifest.rows]]
     return split_digest([store.path(file) for file in split.files], names) == split.digest
 
 
@@ -205,6 +206,9 @@ class _Stage:
         return self._write("validation", EncodedFile(encoded.found, encoded.path, facts), facts["reason"] == 0)
 
     def _write(self, name: str, encoded: EncodedFile, members: Mask) -> SplitManifest:
+        if self.spec.rows == "unpaired":
+            target = self.scratch / f"mismatched-{name}.parquet"
+            encoded = with_mismatched(encoded, members, self.spec.seed, self.spec.max_length, target)
         return write_split(name, encoded, members, self.directory, self.key)
 
     def _paths(self, split: SplitManifest) -> list[Path]:
@@ -231,14 +235,21 @@ class _Stage:
             )
 
         def tell(done: int, total: int) -> None:
-            text = f"reference log-probabilities of the {split.name} split: {done:,} of {total:,} pairs"
+            text = f"reference log-probabilities of the {split.name} split: {done:,} of {total:,} rows"
             self._tell("reference", done, total, text)
 
         files = self._paths(split)
         values = reference_logps(
-            self.store, files, split.rows, key=key, scorer=scorer, resources=resources, progress=tell
+            self.store,
+            files,
+            split.rows,
+            answers=ANSWERS[self.spec.rows],
+            key=key,
+            scorer=scorer,
+            resources=resources,
+            progress=tell,
         )
-        add_columns(files, values)
+        add_columns(files, ANSWERS[self.spec.rows], values)
 
     def _plan(self, train: SplitManifest) -> BatchPlan:
         if train.rows < max(MIN_ROWS, self.batch.batch_size):
@@ -254,9 +265,9 @@ class _Stage:
         )
 
 
-def row_lengths(files: list[Path], rows: str) -> NDArray[np.int64]:
+def row_lengths(files: list[Path], rows: RowKind) -> NDArray[np.int64]:
     """Tokens of each row: prompt and answers."""
-    names = ["prompt", "chosen", "rejected"] if rows == "pairs" else ["prompt", "answer"]
+    names = ["prompt", *ANSWERS[rows]]
     parts = []
     for path in files:
         table = pq.read_table(path, columns=names)

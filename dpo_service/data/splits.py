@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_service.data.encoding import EncodedFile
-from dpo_service.manifests.dataset import SplitManifest
+from dpo_service.data.encoding import ENCODED, EncodedFile
+from dpo_service.manifests.dataset import ANSWERS, SplitManifest
 from dpo_service.rows.facts import Facts
 from dpo_service.rows.holdout import Mask
+from dpo_service.rows.mismatch import mismatched_rows
 
 ROWS_PER_FILE = 20_000
 
@@ -23,7 +24,8 @@ def write_split(name: str, source: EncodedFile, members: Mask, directory: Path, 
 
     `key` is the storage key that the directory will have once it is published.
     """
-    names = ["prompt", "chosen", "rejected"] if source.found.rows == "pairs" else ["prompt", "answer"]
+    assert source.found.rows is not None
+    names = ["prompt", *ANSWERS[source.found.rows]]
     files, rows, tokens = [], 0, 0
     digest = hashlib.sha256()
     for number, table in enumerate(_chunks(source, members, names)):
@@ -59,7 +61,30 @@ def _select(table: pa.Table, facts: Facts, members: Mask, names: Sequence[str]) 
     table = table.select(columns).rename_columns(list(names)).filter(pa.array(members))
     facts = facts[members]
     truncated = facts["prompt_cut"] | facts["answer_cut"]
-    return table.append_column("truncated", pa.array(truncated)).append_column("line", pa.array(facts["line"]))
+    table = table.append_column("truncated", pa.array(truncated)).append_column("line", pa.array(facts["line"]))
+    return table.append_column("label", pa.array(facts["label"])) if "mismatched" in names else table
+
+
+def with_mismatched(source: EncodedFile, members: Mask, seed: int, max_length: int, target: Path) -> EncodedFile:
+    """`source` with a second answer for each of `members`, that of another of them with another prompt; `target` is the
+    new file. It loses its end where it does not fit beside the prompt.
+
+    Raises:
+        InvalidData: the members have one prompt only.
+    """
+    table = pq.read_table(source.path)
+    places = np.flatnonzero(members)
+    others = np.full(len(table), -1)
+    others[places] = places[mismatched_rows(source.facts["prompt"][places], seed)]
+    taken = table["first"].take(pa.array(others, mask=others < 0)).combine_chunks()
+    room = max_length - table["prompt"].combine_chunks().value_lengths().to_numpy()
+    lengths = np.minimum(taken.value_lengths().fill_null(0).to_numpy(), room)
+    starts = taken.offsets.to_numpy()[:-1]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    kept = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+    second = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), taken.values.take(pa.array(kept)))
+    pq.write_table(table.set_column(2, "second", second.cast(ENCODED.field("second").type)), target)
+    return EncodedFile(source.found, target, source.facts)
 
 
 def split_digest(files: Sequence[Path], names: Sequence[str]) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 from dpo_service.cli.exits import CliError, ExitCode
 from dpo_service.demo.corpus import write_jsonl
 from dpo_service.errors import UserError
-from dpo_service.rows.formats import normalise, recognise, require_kind
+from dpo_service.rows.formats import normalise, recognise
+from dpo_service.rows.kinds import as_kind
 from dpo_service.rows.sources import read_rows
 
 HELD_OUT_AT_MOST = 32
@@ -41,7 +42,7 @@ def divide(file: Path, folder: Path) -> OwnData:
     try:
         rows = list(read_rows(file, file.name))
         found = recognise(rows[0][1], rows[0][0])
-        require_kind(found, "pairs")
+        as_kind(found, "pairs")
         held_out = _every(rows)
         questions = [_as_messages(normalise(row, line, found).prompt) for line, row in held_out[:QUESTIONS]]
     except OSError as error:

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import cast
+
+import numpy as np
 
 from dpo_service import ids
 from dpo_service.clock import Clock, SystemClock
@@ -22,19 +25,30 @@ from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.registry import files
 from dpo_service.registry.models import resolve
 from dpo_service.registry.tables import File
+from dpo_service.rows.balance import imbalance
 from dpo_service.rows.check import MIN_ROWS, examine, require_rows
 from dpo_service.rows.facts import Facts, decide, report
 from dpo_service.rows.formats import Format
-from dpo_service.rows.holdout import hold_out
+from dpo_service.rows.holdout import Mask, hold_out
+from dpo_service.rows.kinds import usable
+from dpo_service.rows.mismatch import mismatched_rows
 from dpo_service.rows.template import Tokenizer
 from dpo_service.settings import Settings
 from dpo_service.specs.job import JobSpec
+from dpo_service.specs.method import RowKind
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import RunSpec
 from dpo_service.storage.store import Store
 
 PURPOSE = "fine-tune"
-NEEDS = {"pairs": "preference pairs", "answers": "prompts with one answer each"}
+NEEDS = {
+    "pairs": "preference pairs",
+    "answers": "prompts with one answer each",
+    "unpaired": "answers with a label each, or preference pairs",
+}
+HOLDS = {**NEEDS, "unpaired": "answers with a label each"}
+TAKES = {"pairs": "dpo", "answers": "supervised", "unpaired": "kto"}
+"""A method for each kind of file."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +85,25 @@ async def admit(
     _require_capacity(spec.resources, await _capacity(cluster))
     tokenizer = await asyncio.to_thread(Tokenizer.load, model.directory)
     seed = choices.seed(spec)
-    usable = await asyncio.to_thread(_check_rows, spec, training, validation, store, tokenizer, max_length, seed)
+    admissible = await asyncio.to_thread(_check_rows, spec, training, validation, store, tokenizer, max_length, seed)
     run = choices.decide(
         spec,
         job_id=ids.new_job_id(),
         source=model.source,
         training=training,
         validation=validation,
-        rows=usable.train_rows,
+        rows=admissible.train_rows,
         max_length=max_length,
         layer_width=model.layer_width,
         router_coef=model.router_coef,
         seed=seed,
     )
-    return run, usable.report
+    return run, _with_balance(admissible.report, run)
+
+
+def _with_balance(report: DatasetReport, run: RunSpec) -> DatasetReport:
+    note = imbalance(report, run.loss)
+    return report.model_copy(update={"warnings": (*report.warnings, note)}) if note else report
 
 
 def _require_trackers(spec: JobSpec) -> None:
@@ -109,11 +128,11 @@ async def _file(spec: JobSpec, param: str, file_id: str, database: Database, clo
             param=param,
         )
     needed = spec.method.row.rows
-    if file.rows is not None and file.rows != needed:
-        other = "supervised" if file.rows == "answers" else "dpo"
+    held = cast(RowKind, file.rows)
+    if file.rows is not None and not usable(held, needed):
         raise InvalidSpec(
             f"method {spec.method.type!r} needs {NEEDS[needed]}, and {file.name!r} ({file_id}) holds "
-            f"{NEEDS[file.rows]}; give another file, or method {other!r}",
+            f"{HOLDS[held]}; give another file, or method {TAKES[held]!r}",
             param=param,
         )
     return file
@@ -151,22 +170,38 @@ def _check_rows(
     made = report(facts, found)
     with _blaming("training_file"):
         require_rows(made, training.name)
-    return _Usable(made, made.kept - _held_out(facts, spec.eval.split, seed, made.kept))
+    held_out = _held_out(facts, spec.eval.split, seed, made.kept)
+    if spec.method.row.rows == "unpaired":
+        _require_mismatches(facts, held_out, seed)
+        if held is not None:
+            with _blaming("validation_file"):
+                mismatched_rows(held["prompt"][held["reason"] == 0], seed)
+    return _Usable(made, made.kept - int(held_out.sum()))
 
 
-def _held_out(facts: Facts, split: float, seed: int, kept: int) -> int:
-    """How many of the training file's rows will validate."""
+def _require_mismatches(facts: Facts, held_out: Mask, seed: int) -> None:
+    """Both sides of the split must have rows of different prompts."""
+    with _blaming("training_file"):
+        mismatched_rows(facts["prompt"][(facts["reason"] == 0) & ~held_out], seed)
+    if held_out.any():
+        with _blaming("eval.split"):
+            mismatched_rows(facts["prompt"][held_out], seed)
+
+
+def _held_out(facts: Facts, split: float, seed: int, kept: int) -> Mask:
+    """Which of the training file's rows will validate."""
     if split == 0:
-        return 0
+        return np.zeros(len(facts), bool)
     with _blaming("eval.split"):
-        held = int(hold_out(facts, split, seed).sum())
+        mask = hold_out(facts, split, seed)
+    held = int(mask.sum())
     if kept - held < MIN_ROWS:
         raise InvalidData(
             f"eval.split {split} holds out {held} of {kept} usable rows and leaves {kept - held} to train on, which "
             f"needs at least {MIN_ROWS}; choose a smaller share, or give a validation_file",
             param="eval.split",
         )
-    return held
+    return mask
 
 
 @contextmanager

@@ -108,7 +108,8 @@ def max_length(spec: JobSpec, allowed: int) -> int:
 
 def _batch(spec: JobSpec, rows: int) -> BatchSpec:
     asked, workers = spec.method.hyperparameters, spec.resources.workers
-    size = chosen_or(asked.batch_size, max(workers, min(MAX_AUTO_BATCH, max(1, rows // STEPS_AN_EPOCH))))
+    least = 2 if spec.method.row.rows == "unpaired" else 1
+    size = chosen_or(asked.batch_size, max(workers, least, min(MAX_AUTO_BATCH, rows // STEPS_AN_EPOCH)))
     _require_fit(spec, size, rows)
     share = -(-size // workers)
     return BatchSpec(

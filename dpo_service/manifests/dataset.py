@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dpo_service.specs.base import Spec
+from dpo_service.specs.method import RowKind
+
+ANSWERS: Mapping[RowKind, tuple[str, ...]] = {
+    "pairs": ("chosen", "rejected"),
+    "answers": ("answer",),
+    "unpaired": ("answer", "mismatched"),
+}
+"""The columns that hold answers to the prompt. `mismatched` is another row's answer, to which the prompt has nothing to
+say: KTO measures on it how far the policy has moved in general."""
 
 
 class LengthStats(Spec):
@@ -32,9 +43,11 @@ class DatasetReport(Spec):
     truncated_prompts: int = 0
     truncated_answers: int = 0
     contradictions: int = 0
-    """Pairs whose reverse is also in the file."""
+    """Pairs whose reverse is also in the file; answers that are both desirable and undesirable."""
     ties: int = 0
     """Pairs the annotator marked as equal (a margin or score difference of 0)."""
+    desirable: int | None = None
+    undesirable: int | None = None
     prompt_tokens: LengthStats | None = None
     chosen_tokens: LengthStats | None = None
     rejected_tokens: LengthStats | None = None
@@ -58,12 +71,12 @@ class SplitManifest(Spec):
 class DatasetManifest(Spec):
     """The prepared dataset.
 
-    Parquet columns: index int64; prompt, chosen, rejected list<int32> (or prompt, answer for supervised rows);
-    truncated bool; line int64, in the uploaded file; ref_chosen, ref_rejected float32 when the reference is cached.
+    Parquet columns: index int64; prompt and `ANSWERS` list<int32>; truncated bool; line int64, in the uploaded file;
+    label float32 of unpaired rows, 1 = desirable, 0 = undesirable; and where the reference is cached float32 ref_chosen
+    and so on, one for each column of answers.
     """
 
-    rows: str
-    """pairs | answers"""
+    rows: RowKind
     train: SplitManifest
     validation: SplitManifest | None = None
     report: DatasetReport

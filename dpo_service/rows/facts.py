@@ -20,9 +20,10 @@ FACTS = np.dtype(
         ("line", "i8"),
         ("prompt", "u8"),  # hash of the prompt
         ("row", "u8"),  # hash of prompt and answers
-        ("reverse", "u8"),  # the same with the answers exchanged; 0 for single answers
+        ("reverse", "u8"),  # the same with the answers exchanged, or with the other label; 0 for single answers
         ("reason", "u1"),
         ("tie", "?"),
+        ("label", "f4"),  # of an unpaired answer: 1 desirable, 0 undesirable; else NaN
         ("longer", "i1"),  # 1: the chosen answer is the longer text, -1: the rejected one
         ("prompt_cut", "?"),
         ("answer_cut", "?"),
@@ -43,10 +44,14 @@ def fact_of(row: Row, encoded: Encoded | Dropped | None) -> tuple[object, ...]:
         cuts = encoded.prompt_cut, encoded.answer_cut
         lengths = [len(answer) for answer in encoded.answers]
         counts = len(encoded.prompt), (lengths or [-1])[0], lengths[1] if len(lengths) > 1 else -1
-    return row.line, _hash(row.prompt), first, second, reason, row.tie, _longer(row), *cuts, *counts
+    label = np.nan if row.label is None else row.label
+    return row.line, _hash(row.prompt), first, second, reason, row.tie, label, _longer(row), *cuts, *counts
 
 
 def _prints(row: Row) -> tuple[int, int]:
+    if row.label is not None:
+        labelled = [_hash(row.prompt, row.tools, *row.answers, label) for label in (row.label, 1 - row.label)]
+        return labelled[0], labelled[1]
     reverse = _hash(row.prompt, row.tools, *reversed(row.answers)) if len(row.answers) == 2 else 0
     return _hash(row.prompt, row.tools, *row.answers), reverse
 
@@ -92,9 +97,9 @@ def _mark(facts: Facts, where: NDArray[np.bool_], reason: str) -> None:
 
 
 def report(facts: Facts, found: Format) -> DatasetReport:
-    """The report on a file whose rows are decided."""
+    """The report on a file whose rows are decided. `found` is the format as the method reads it (`formats.as_kind`)."""
     kept = facts[facts["reason"] == 0]
-    pairs = found.rows == "pairs"
+    pairs, unpaired = found.rows == "pairs", found.rows == "unpaired"
     counted = len(kept) > 0 and bool((kept["n_prompt"] >= 0).all())
     share = float((kept["longer"] > 0).sum() / max(1, (kept["longer"] != 0).sum())) if pairs and len(kept) else None
     made = DatasetReport(
@@ -104,12 +109,14 @@ def report(facts: Facts, found: Format) -> DatasetReport:
         dropped=_dropped(facts),
         truncated_prompts=int(kept["prompt_cut"].sum()),
         truncated_answers=int(kept["answer_cut"].sum()),
-        contradictions=int(np.isin(kept["reverse"], kept["row"]).sum()) if pairs else 0,
+        contradictions=int(np.isin(kept["reverse"], kept["row"]).sum()) if pairs or unpaired else 0,
         ties=int(kept["tie"].sum()),
+        desirable=int((kept["label"] == 1).sum()) if unpaired else None,
+        undesirable=int((kept["label"] == 0).sum()) if unpaired else None,
         prompt_tokens=_stats(kept["n_prompt"]) if counted else None,
         chosen_tokens=_stats(kept["n_first"]) if counted and pairs else None,
         rejected_tokens=_stats(kept["n_second"]) if counted and pairs else None,
-        answer_tokens=_stats(kept["n_first"]) if counted and found.rows == "answers" else None,
+        answer_tokens=_stats(kept["n_first"]) if counted and not pairs else None,
         longer_chosen_share=share,
     )
     return made.model_copy(update={"warnings": tuple(_warnings(made))})
@@ -140,7 +147,10 @@ def _warnings(made: DatasetReport) -> Iterable[str]:
     if made.truncated_prompts > 0.1 * kept:
         yield f"{made.truncated_prompts / kept:.0%} of the prompts lose their beginning; a larger max_length keeps it"
     if made.contradictions:
-        yield f"{made.contradictions} pairs are contradicted by the same pair the other way round"
+        if made.desirable is None:
+            yield f"{made.contradictions} pairs are contradicted by the same pair the other way round"
+        else:
+            yield f"{made.contradictions} rows say desirable and undesirable of one and the same answer"
     if made.ties:
         yield f"{made.ties} pairs are ties by the annotator's own score and teach little"
     if made.kept < 0.9 * made.rows:

@@ -6,7 +6,7 @@ A file holds one format: that of its first row. Columns that no format knows (`i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_service.errors import InvalidData
@@ -38,6 +38,8 @@ class Row:
     tools: list[Message] | None = None
     tie: bool = False
     """The annotator marked both answers as equal."""
+    label: float | None = None
+    """An unpaired answer: 1 = desirable, 0 = undesirable."""
     plain: tuple[str, ...] | None = None
     """The row as text (prompt, *answers), for a model without a chat template. Only formats that are text have it."""
 
@@ -91,23 +93,6 @@ def normalise(row: Json, line: int, expected: Format) -> Row:
     return built
 
 
-def require_kind(found: Format, rows: RowKind) -> None:
-    """Raises InvalidData unless a method that takes `rows` can use files of this format."""
-    if found.rows == rows:
-        return
-    if rows == "pairs":
-        kind = "single answers" if found.rows == "answers" else "rows without a preference between two answers"
-        hint = " (or train it with method 'supervised')" if found.rows == "answers" else ""
-        raise InvalidData(
-            f"this is a file of {kind} ({found.title}); this method needs pairs: prompt, chosen and rejected, or "
-            f"OpenAI's input, preferred_output and non_preferred_output{hint}"
-        )
-    raise InvalidData(
-        f"this file has no single answer per prompt ({found.title}); method 'supervised' needs `messages` that end "
-        "with the assistant's answer, or `prompt` and `completion`"
-    )
-
-
 def _columns(row: Json) -> set[str]:
     return {column for column, value in row.items() if value is not None}
 
@@ -129,7 +114,8 @@ def _unrecognised(columns: set[str], line: int) -> InvalidData:
     if not nearest.columns & columns & _PAIR_COLUMNS:
         return InvalidData(
             f"the columns ({found}) are none of the known formats; a pair has prompt, chosen and rejected, or OpenAI's "
-            "input, preferred_output and non_preferred_output; a supervised row has messages, or prompt and completion",
+            "input, preferred_output and non_preferred_output; a supervised row has messages, or prompt and "
+            "completion, and an unpaired one a label beside them",
             line=line,
         )
     missing = _listed(sorted(nearest.columns - columns))
@@ -310,13 +296,14 @@ def _completion(row: Json, line: int) -> Row:
     )
 
 
-# --- recognised, for methods to come
-
-
 def _unpaired(row: Json, line: int) -> Row:
     if not isinstance(row["label"], bool) and row["label"] not in (0, 1):
-        raise InvalidData("`label` must be true or false", line=line)
-    return _completion(row, line) if "completion" in row else _supervised("messages")(row, line)
+        raise InvalidData("`label` must be true (desirable) or false (undesirable)", line=line)
+    built = _completion(row, line) if row.get("completion") is not None else _supervised("messages")(row, line)
+    return replace(built, label=float(row["label"]))
+
+
+# --- recognised, for methods to come
 
 
 def _prompt_only(row: Json, line: int) -> Row:
@@ -389,8 +376,10 @@ FORMATS = (
         _no_list("chosen", "rejected"),
         _implicit_text,
     ),
-    _format("unpaired", "unpaired: prompt, completion, label", None, "prompt completion label", _always, _unpaired),
-    _format("unpaired_messages", "unpaired: messages, label", None, "messages label", _always, _unpaired),
+    _format(
+        "unpaired", "unpaired: prompt, completion, label", "unpaired", "prompt completion label", _always, _unpaired
+    ),
+    _format("unpaired_messages", "unpaired: messages, label", "unpaired", "messages label", _always, _unpaired),
     _format("openai_chat", "OpenAI chat", "answers", "messages", _always, _supervised("messages")),
     _format("prompt_completion", "prompt, completion", "answers", "prompt completion", _always, _completion),
     _format("sharegpt_chat", "ShareGPT", "answers", "conversations", _always, _supervised("conversations")),

@@ -27,12 +27,12 @@ def hold_out(facts: Facts, share: float, seed: int) -> Mask:
             "all rows have the same prompt, so none can be held out; upload a validation_file or set eval.split to 0"
         )
     count = min(max(round(share * len(prompts)), 1), len(prompts) - 1)
-    held = prompts[np.argsort(_mix(prompts, seed), kind="stable")[:count]]
+    held = prompts[np.argsort(mix(prompts, seed), kind="stable")[:count]]
     chosen: Mask = kept & np.isin(facts["prompt"], held)
     return chosen
 
 
-def _mix(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+def mix(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
     """splitmix64 (Steele et al., OOPSLA 2014) of each value and the seed."""
     with np.errstate(over="ignore"):
         mixed = values + np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)

@@ -21,6 +21,8 @@ def _lines(report: DatasetReport, manifest: DatasetManifest | None) -> Iterator[
     if manifest is not None:
         validation = f", {manifest.validation.rows:,} to validate" if manifest.validation else ""
         yield f"{manifest.train.rows:,} rows to train{validation}; {manifest.total_steps:,} steps"
+    if report.desirable is not None:
+        yield f"{report.desirable:,} desirable answers, {report.undesirable:,} undesirable"
     for name in ("prompt", "chosen", "rejected", "answer"):
         stats: LengthStats | None = getattr(report, f"{name}_tokens")
         if stats is not None:

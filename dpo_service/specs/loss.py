@@ -28,7 +28,7 @@ DpoLoss = Literal[
 ]
 """The losses of method `dpo`: pairs, measured against the initial policy."""
 
-LossName = Literal[DpoLoss, "ipo", "orpo", "simpo", "sft"]
+LossName = Literal[DpoLoss, "ipo", "orpo", "simpo", "kto", "sft"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ LOSS_TABLE: dict[LossName, LossRow] = {
     "simpo": LossRow(
         "arXiv:2405.14734", 5e-7, {"beta": 2.0, "gamma_beta_ratio": 0.5, **_ANY_PAIR}, reference=False, max_beta=100.0
     ),
+    "kto": LossRow("arXiv:2402.01306", 1e-6, {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}),
     "sft": LossRow("next-token cross-entropy", 2e-5, reference=False),
 }
 
@@ -107,6 +108,9 @@ class LossSpec(Spec):
     """R-DPO's alpha, nats a token (arXiv:2403.19159)."""
     rpo_alpha: float = 0.0
     """Weight of the chosen answer's negative log-likelihood per token (RPO, arXiv:2404.19733)."""
+    desirable_weight: float = 0.0
+    """`kto`: lambda_D, and lambda_U below."""
+    undesirable_weight: float = 0.0
     wpo: bool = False
     """Weigh each pair by how likely the policy is to say both of its answers (WPO, arXiv:2406.11827)."""
     ld_alpha: float = 1.0

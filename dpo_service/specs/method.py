@@ -14,8 +14,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from dpo_service.specs.base import AUTO, Auto, Spec
 from dpo_service.specs.loss import DpoLoss, LossName, refusal
 
-RowKind = Literal["pairs", "answers"]
-"""What a training file must hold: preference pairs, or prompts with one answer each."""
+RowKind = Literal["pairs", "answers", "unpaired"]
+"""What a training file must hold: preference pairs, prompts with one answer each, or such with a label each."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ METHODS: dict[str, MethodRow] = {
     "ipo": MethodRow("dataset", "pairs", "ipo", "initial"),
     "orpo": MethodRow("dataset", "pairs", "orpo", "none"),
     "simpo": MethodRow("dataset", "pairs", "simpo", "none"),
+    "kto": MethodRow("dataset", "unpaired", "kto", "initial"),
     "supervised": MethodRow("dataset", "answers", "sft", "none"),
 }
 
@@ -104,6 +105,16 @@ class SimpoHyperparameters(SupervisedHyperparameters):
     wpo: bool = False
 
 
+class KtoHyperparameters(SupervisedHyperparameters):
+    batch_size: Auto[Annotated[int, Field(ge=2, le=256)]] = AUTO
+    """Answers a step, over all workers; the loss measures against a mean over them."""
+    beta: Auto[Annotated[float, Field(gt=0, le=2)]] = AUTO
+    """How quickly the value of a reward saturates (arXiv:2402.01306)."""
+    desirable_weight: Auto[Annotated[float, Field(gt=0, le=100)]] = AUTO
+    """lambda_D; the authors keep desirable_weight n_desirable / (undesirable_weight n_undesirable) within 1 to 4/3."""
+    undesirable_weight: Auto[Annotated[float, Field(gt=0, le=100)]] = AUTO
+
+
 class DpoMethod(Spec):
     hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
@@ -120,6 +131,10 @@ class SimpoMethod(Spec):
     hyperparameters: SimpoHyperparameters = SimpoHyperparameters()
 
 
+class KtoMethod(Spec):
+    hyperparameters: KtoHyperparameters = KtoHyperparameters()
+
+
 class SupervisedMethod(Spec):
     hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
 
@@ -129,6 +144,7 @@ _DEFAULT_BLOCKS: dict[str, Any] = {
     "ipo": IpoMethod(),
     "orpo": OrpoMethod(),
     "simpo": SimpoMethod(),
+    "kto": KtoMethod(),
     "supervised": SupervisedMethod(),
 }
 
@@ -136,11 +152,12 @@ _DEFAULT_BLOCKS: dict[str, Any] = {
 class MethodSpec(Spec):
     """The method as the user names it. The block under the method's own name holds its hyperparameters."""
 
-    type: Literal["dpo", "ipo", "orpo", "simpo", "supervised"]
+    type: Literal["dpo", "ipo", "orpo", "simpo", "kto", "supervised"]
     dpo: DpoMethod | None = None
     ipo: IpoMethod | None = None
     orpo: OrpoMethod | None = None
     simpo: SimpoMethod | None = None
+    kto: KtoMethod | None = None
     supervised: SupervisedMethod | None = None
 
     @model_validator(mode="after")

@@ -117,7 +117,7 @@ def trimmed(history: list[Window]) -> list[Window]:
 def newest(history: Sequence[Window], pairs: float, windows: int, *, after_step: int = 0) -> Sequence[Window] | None:
     """The fewest of the newest windows that hold `pairs` pairs and are at least `windows`; None if there are not yet,
     or what is trained on is not pairs. All of their steps come after `after_step`."""
-    if PAIR_SUMS[0] not in history[-1]:
+    if not set(PAIR_SUMS) <= history[-1].keys():
         return None
     taken, held = 0, 0.0
     for window in reversed(history):

@@ -50,6 +50,10 @@ class MicroBatch:
     """1 = a token, 0 = padding; None = packed."""
     ref_chosen_P: Tensor | None = None
     ref_rejected_P: Tensor | None = None
+    label_P: Tensor | None = None
+    """Of unpaired answers: 1 = desirable, 0 = undesirable."""
+    mismatched: MicroBatch | None = None
+    """The same prompts with answers of other rows, for KTO."""
     blank: bool = False
     """Computed, because sharded ranks must take part in each other's sums, and not counted."""
 
@@ -83,10 +87,11 @@ class MicroBatch:
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> MicroBatch:
         tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)  # type: ignore[arg-type]
+        mismatched = self.mismatched._moved(move) if self.mismatched is not None else None
+        return replace(self, **tensors, mismatched=mismatched)  # type: ignore[arg-type]
 
 
-def collate(examples: Sequence[Example]) -> MicroBatch:
+def collate(examples: Sequence[Example], mismatched: Sequence[Example] = ()) -> MicroBatch:
     """The packed micro-batch of `examples`: all pairs, or all answers; prompts and answers hold at least one token."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -115,6 +120,8 @@ def collate(examples: Sequence[Example]) -> MicroBatch:
         truncated=sum(example.truncated for example in examples),
         ref_chosen_P=_column([example.ref_chosen for example in examples]),
         ref_rejected_P=_column([example.ref_rejected for example in examples]),
+        label_P=_column([example.label for example in examples]),
+        mismatched=collate(mismatched) if mismatched else None,
     )
 
 

@@ -63,8 +63,8 @@ class Feed:
     def _collated(self, table: RowTable, rows: Sequence[int]) -> MicroBatch:
         """Without rows, a blank one of the table's shortest row."""
         if not len(rows):
-            return replace(collate(table.take([int(np.argmin(table.lengths))])), blank=True)
-        return collate(table.take(rows))
+            return replace(self._collated(table, [int(np.argmin(table.lengths))]), blank=True)
+        return collate(table.take(rows), table.mismatched(rows) if table.kind == "unpaired" else ())
 
     def divisor(self, step: int) -> float:
         """What the step's summed loss is divided by, over all ranks: its rows, or its (chosen) answers' tokens."""

@@ -33,7 +33,7 @@ from dpo_service.train.policy import base_of
 from dpo_service.train.ranks import Ranks
 from dpo_service.train.saver import Saver
 from dpo_service.train.start import agreed_checkpoint, build_state, check_reference, counters_of
-from dpo_service.train.step import evaluate_batch, train_step
+from dpo_service.train.step import baseline_of, evaluate_batch, train_step
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,9 @@ class _Training:
         checkpoint = agreed_checkpoint(store, run.job_id, ranks)
         counters = counters_of(checkpoint, dataset, base_digest) if checkpoint else {}
         self._state = build_state(run, model_dir, checkpoint, ranks, plan.total_steps, base_digest)
-        self._paired = self._feed.rows.paired
         self._journal = Journal(
             run,
             reports,
-            paired=self._paired,
             steps_per_epoch=plan.steps_per_epoch,
             total_steps=plan.total_steps,
             ranks=ranks,
@@ -179,9 +177,10 @@ class _Training:
         self._state.guard.check()
         with self._journal.not_training():
             started = monotonic()
-            sums = metrics.empty(self._paired, self._ranks.device)
+            sums = metrics.empty(self._run.data.rows, self._ranks.device)
+            baseline = baseline_of(self._state, self._feed.validation_batches())
             for batch in self._feed.validation_batches():
-                values = evaluate_batch(self._state, batch)
+                values = evaluate_batch(self._state, batch, baseline)
                 if not batch.blank:
                     sums.add(values)
             self._ranks.sum_tensor(sums.values_N)

@@ -44,6 +44,10 @@ class LossInputs:
     rejected_tail_P: Tensor | None = None
     weight_P: Tensor | None = None
     """WPO's weight of each pair, without gradient (`pair_weights`)."""
+    label_P: Tensor | None = None
+    """Of unpaired answers, which are `chosen_P`: 1 = desirable, 0 = undesirable."""
+    baseline: Tensor | float = 0.0
+    """`kto`: z, what D is on answers that do not belong to their prompts; in nats."""
 
     def log_ratios(self, ld_alpha: float = 1.0) -> tuple[Tensor, Tensor]:
         """`D` of the chosen and of the rejected answer."""
@@ -230,6 +234,18 @@ def simpo(inputs: LossInputs, spec: LossSpec) -> Tensor:
     return -logsigmoid(spec.beta * (chosen_P - rejected_P - spec.gamma_beta_ratio))
 
 
+def kto(inputs: LossInputs, spec: LossSpec) -> Tensor:
+    """KTO, arXiv:2402.01306 eq. 7: lam_d (1 - sigmoid(beta (D - z))), undesirable lam_u (1 - sigmoid(beta (z - D))).
+
+    z = max(0, mean of D over mismatched answers of the whole step), a constant: `step.baseline_of`.
+    """
+    assert inputs.label_P is not None, "this loss needs labels"
+    assert inputs.ref_chosen_P is not None, "this loss needs a reference"
+    reward_P = spec.beta * (inputs.chosen_P - inputs.ref_chosen_P - inputs.baseline)
+    desirable_P = spec.desirable_weight * torch.sigmoid(-reward_P)
+    return torch.where(inputs.label_P > 0, desirable_P, spec.undesirable_weight * torch.sigmoid(reward_P))
+
+
 def sft(inputs: LossInputs, spec: LossSpec) -> Tensor:
     """Negative log-likelihood of the answer, summed over its tokens; the step averages over all its answer tokens."""
     return -inputs.chosen_P
@@ -249,6 +265,7 @@ LOSSES: dict[LossName, Loss] = {
     "sppo": sppo,
     "orpo": orpo,
     "simpo": simpo,
+    "kto": kto,
     "sft": sft,
 }
 

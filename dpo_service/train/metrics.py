@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dpo_service.specs.loss import LOSS_TABLE, LossName, LossSpec
+from dpo_service.specs.method import RowKind
 from dpo_service.train.batch import MicroBatch
 from dpo_service.train.logprobs import Completions
 from dpo_service.train.losses import DIVISOR, LossInputs, rewards
@@ -24,7 +25,12 @@ from dpo_service.train.losses import DIVISOR, LossInputs, rewards
 _COMMON = ("loss", "rows", "answer_tokens", "tokens", "truncated", "places", "padding", "flops")
 _PAIRED = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")
 _LENGTHS = ("displaced", "gap", "gap_gap", "margin_margin", "gap_margin")
-_ANSWERS = ("correct",)
+_SIDES = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+_OF_KIND: dict[RowKind, tuple[str, ...]] = {
+    "pairs": (*_PAIRED, *_LENGTHS),
+    "answers": ("correct",),
+    "unpaired": (*_SIDES, "desirable", "kl"),
+}
 _NOISE = 1e-12
 """A spread below this share of its parts is what float64 leaves of one that is zero."""
 
@@ -62,8 +68,8 @@ class Sums:
         return torch.full((), value, dtype=torch.float64, device=self.values_N.device)
 
 
-def empty(paired: bool, device: torch.device) -> Sums:
-    return Sums((*_COMMON, *((*_PAIRED, *_LENGTHS) if paired else _ANSWERS)), device)
+def empty(rows: RowKind, device: torch.device) -> Sums:
+    return Sums((*_COMMON, *_OF_KIND[rows]), device)
 
 
 @torch.no_grad()
@@ -78,6 +84,8 @@ def of_batch(
         "tokens": batch.tokens,
         "truncated": batch.truncated,
     }
+    if inputs.label_P is not None:
+        return {**sums, **_of_unpaired(inputs, inputs.label_P, spec)}
     if not batch.paired:
         return {**sums, "correct": completions.correct_S.sum()}
     return {**sums, **_of_pairs(inputs, spec)}
@@ -120,6 +128,21 @@ def _of_lengths(inputs: LossInputs, margin_P: Tensor) -> dict[str, Tensor | floa
     }
 
 
+def _of_unpaired(inputs: LossInputs, label_P: Tensor, spec: LossSpec) -> dict[str, Tensor | float]:
+    """`chosen` are the desirable answers, `rejected` the undesirable ones, as TRL has it."""
+    assert inputs.ref_chosen_P is not None
+    logps_P, other_P = inputs.chosen_P, 1 - label_P
+    reward_P = spec.beta * (logps_P - inputs.ref_chosen_P)
+    return {
+        "rewards/chosen": (reward_P * label_P).sum(),
+        "rewards/rejected": (reward_P * other_P).sum(),
+        "logps/chosen": (logps_P * label_P).sum(),
+        "logps/rejected": (logps_P * other_P).sum(),
+        "desirable": label_P.sum(),
+        "kl": inputs.baseline * len(label_P),
+    }
+
+
 def means(sums: Mapping[str, float], loss: LossName) -> dict[str, float]:
     """Metrics by name, from sums over at least one row; docs/metrics.md says what each is."""
     rows = sums["rows"]
@@ -131,6 +154,8 @@ def means(sums: Mapping[str, float], loss: LossName) -> dict[str, float]:
     }
     if "correct" in sums:
         return {**result, "mean_token_accuracy": sums["correct"] / sums["answer_tokens"]}
+    if "desirable" in sums:
+        return result | _unpaired_means(sums)
     result |= {name: sums[name] / rows for name in _PAIRED}
     result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]
     result["length/gap"] = sums["gap"] / rows
@@ -154,9 +179,19 @@ def length_correlation(sums: Mapping[str, float]) -> float | None:
     return max(-1.0, min(1.0, together / math.sqrt(spreads[0] * spreads[1])))
 
 
+def _unpaired_means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Means over the desirable and over the undesirable answers, where there were any; `kl` is z, in nats."""
+    counts = {"chosen": sums["desirable"], "rejected": sums["rows"] - sums["desirable"]}
+    known = {name: counts[name.split("/")[1]] for name in _SIDES}
+    result = {name: sums[name] / count for name, count in known.items() if count}
+    if all(counts.values()):
+        result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]
+    return result | {"kl": sums["kl"] / sums["rows"]}
+
+
 def rates(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
     """Throughput over all ranks."""
-    rows = "answers_per_second" if "correct" in sums else "pairs_per_second"
+    rows = "pairs_per_second" if "rewards/accuracies" in sums else "answers_per_second"
     seconds = max(seconds, 1e-9)
     return {rows: sums["rows"] / seconds, "tokens_per_second": sums["tokens"] / seconds}
 
@@ -178,7 +213,9 @@ def sentence(step: int, total: int, split: str, values: Mapping[str, float]) -> 
     """One line for a person: `Step 5/20: training loss=0.61, reward accuracy=0.75`."""
     text = f"Step {step}/{total}: {split} loss={values['loss']:.4f}"
     if "rewards/accuracies" in values:
-        text += f", reward accuracy={values['rewards/accuracies']:.2f}, margin={values['rewards/margins']:.3f}"
+        text += f", reward accuracy={values['rewards/accuracies']:.2f}"
+    if "rewards/margins" in values:
+        text += f", margin={values['rewards/margins']:.3f}"
     if "mean_token_accuracy" in values:
         text += f", token accuracy={values['mean_token_accuracy']:.2f}"
     return text

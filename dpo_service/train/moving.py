@@ -21,7 +21,7 @@ from dpo_service.specs.method import RefreshSpec
 from dpo_service.train.batch import MicroBatch
 from dpo_service.train.optim import trained_parameters
 from dpo_service.train.policy import base_of, load_model
-from dpo_service.train.reference import LiveReference
+from dpo_service.train.reference import LiveReference, ReferenceLogps
 
 
 class MovingReference:
@@ -41,7 +41,7 @@ class MovingReference:
             self.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
             self._live = LiveReference(policy, precision, ld_alpha, within=partial(_wearing, policy, self.weights))
 
-    def __call__(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: MicroBatch) -> ReferenceLogps:
         return self._live(batch)
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dpo_service.errors import TrainingError
+from dpo_service.manifests.dataset import ANSWERS
 from dpo_service.rows.plan import micro_batches
 from dpo_service.specs.run import BatchSpec
 from dpo_service.train.batch import MicroBatch, collate
@@ -26,17 +27,19 @@ from dpo_service.train.losses import without_tail
 from dpo_service.train.policy import autocast, base_of, load_model
 from dpo_service.train.rows import RowTable
 
-Reference = Callable[[MicroBatch], tuple[Tensor, Tensor] | None]
-"""Chosen and rejected log-probabilities of a micro-batch, [P] each; None for losses without a reference."""
+ReferenceLogps = tuple[Tensor, Tensor | None]
+"""Of the chosen and the rejected answers, [P] each; of single answers the first only."""
+Reference = Callable[[MicroBatch], ReferenceLogps | None]
+"""Log-probabilities of a micro-batch; None for losses without a reference."""
 
 
 def no_reference(batch: MicroBatch) -> None:
     return None
 
 
-def cached_reference(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+def cached_reference(batch: MicroBatch) -> ReferenceLogps:
     """As computed by the data stage."""
-    if batch.ref_chosen_P is None or batch.ref_rejected_P is None:
+    if batch.ref_chosen_P is None or (batch.paired and batch.ref_rejected_P is None):
         raise TrainingError("the dataset holds no reference log-probabilities, and the job says they are cached")
     return batch.ref_chosen_P, batch.ref_rejected_P
 
@@ -60,11 +63,11 @@ class LiveReference:
         self._within = getattr(model, "disable_adapter", contextlib.nullcontext) if within is None else within
 
     @torch.no_grad()
-    def __call__(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: MicroBatch) -> ReferenceLogps:
         with self._within(), autocast(batch.input_ids_BL.device, self._precision):
             completions = completion_logps(base_of(self._model), batch)
         logps_S = without_tail(completions.logps_S, completions.tail_S, self._ld_alpha)
-        return logps_S[: batch.rows], logps_S[batch.rows :]
+        return logps_S[: batch.rows], logps_S[batch.rows :] if batch.paired else None
 
 
 def build_reference(
@@ -98,14 +101,15 @@ class ReferenceScorer:
         self._batch = batch
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """`batch` (columns prompt, chosen, rejected: lists of token ids) with float32 columns ref_chosen,
-        ref_rejected added. Rows of like length are computed together; their order stays."""
+        """`batch` (columns prompt and two `ANSWERS`: lists of token ids) with a float32 column for each answer added,
+        ref_chosen and so on. Rows of like length are computed together; their order stays."""
         rows = RowTable(batch)
-        scores = np.zeros((2, len(rows)), dtype=np.float32)
+        answers = ANSWERS[rows.kind]
+        scores = np.zeros((len(answers), len(rows)), dtype=np.float32)
         limits = self._batch.micro_batch_size, self._batch.micro_batch_tokens
         for indices in micro_batches(range(len(rows)), rows.lengths, *limits):
-            chosen_P, rejected_P = self._reference(collate(rows.take(indices)).to(self._device))
-            scores[:, indices] = torch.stack([chosen_P, rejected_P]).cpu().numpy()
-        for name, column in zip(("ref_chosen", "ref_rejected"), scores, strict=True):
-            batch = batch.append_column(name, pa.array(column, pa.float32()))
+            found = self._reference(collate(rows.whole(indices)).to(self._device))
+            scores[:, indices] = torch.stack([logps_P for logps_P in found if logps_P is not None]).cpu().numpy()
+        for name, column in zip(answers, scores, strict=True):
+            batch = batch.append_column(f"ref_{name}", pa.array(column, pa.float32()))
         return batch

@@ -1,5 +1,6 @@
 """One training step: micro-batches in, weights moved, sums out.
 
+    KTO only: each micro-batch's mismatched answers, forward without gradient -> mean over ranks -> z
     for each micro-batch of this rank:  forward -> loss / (rows of the WHOLE step) -> backward
     sums and gradients summed over ranks -> clip -> loss and norm finite? -> AdamW
 
@@ -10,7 +11,7 @@ Shapes: P pairs, S sequences (2P, chosen first).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ from dpo_service.train.moving import MovingReference
 from dpo_service.train.optim import clip_gradients, learning_rate, trained_parameters
 from dpo_service.train.policy import adapter_dropout, autocast, base_of
 from dpo_service.train.ranks import Ranks
-from dpo_service.train.reference import Reference
+from dpo_service.train.reference import Reference, ReferenceLogps
 
 
 @dataclass
@@ -69,11 +70,11 @@ def train_step(state: TrainState, step: int, batches: Sequence[MicroBatch], divi
     Raises:
         NonFiniteLoss: on every rank, before any weight moved; or at the next `guard.check()` (see there).
     """
-    paired = state.run.loss.name != "sft"
-    sums = metrics.empty(paired, state.ranks.device)
+    sums = metrics.empty(state.run.data.rows, state.ranks.device)
+    baseline = baseline_of(state, batches)
     with adapter_dropout(state.policy, _seed(state.run.seed, step, state.ranks.rank)):
         for batch in batches:
-            values = _accumulate(state, batch.to(state.ranks.device), divisor)
+            values = _accumulate(state, batch.to(state.ranks.device), divisor, baseline)
             if not batch.blank:
                 sums.add(values)
     state.ranks.sum_tensor(sums.values_N)
@@ -90,22 +91,48 @@ def train_step(state: TrainState, step: int, batches: Sequence[MicroBatch], divi
 
 
 @torch.no_grad()
-def evaluate_batch(state: TrainState, batch: MicroBatch) -> dict[str, Tensor | float]:
-    """The sums of one micro-batch of the validation split on this rank."""
-    return _forward(state, batch.to(state.ranks.device))[1]
+def evaluate_batch(state: TrainState, batch: MicroBatch, baseline: Tensor | float) -> dict[str, Tensor | float]:
+    """The sums of one micro-batch of the validation split on this rank; `baseline` is that of the whole split."""
+    return _forward(state, batch.to(state.ranks.device), baseline)[1]
 
 
-def _accumulate(state: TrainState, batch: MicroBatch, divisor: float) -> dict[str, Tensor | float]:
-    loss_P, sums = _forward(state, batch)
+@torch.no_grad()
+def baseline_of(state: TrainState, batches: Iterable[MicroBatch]) -> Tensor | float:
+    """`LossInputs.baseline`, the same on every rank. KTO: max(0, mean of D over the mismatched answers of all ranks'
+    `batches`), so it does not depend on how a step is cut."""
+    if state.run.data.rows != "unpaired":
+        return 0.0
+    total_and_rows = torch.zeros(2, dtype=torch.float64, device=state.ranks.device)
+    for batch in batches:
+        assert batch.mismatched is not None
+        mismatched = batch.mismatched.to(state.ranks.device)
+        with autocast(state.ranks.device, state.run.precision):
+            logps_P = completion_logps(base_of(state.policy), mismatched).logps_S
+        reference = state.reference(mismatched)
+        assert reference is not None
+        if not batch.blank:
+            total_and_rows[0] += (logps_P - reference[0]).sum()
+            total_and_rows[1] += mismatched.rows
+    state.ranks.sum_tensor(total_and_rows)
+    mean: Tensor = total_and_rows[0] / total_and_rows[1]
+    return mean.clamp(min=0).float()
+
+
+def _accumulate(
+    state: TrainState, batch: MicroBatch, divisor: float, baseline: Tensor | float
+) -> dict[str, Tensor | float]:
+    loss_P, sums = _forward(state, batch, baseline)
     ((loss_P.sum() * 0.0 if batch.blank else loss_P.sum()) / divisor).backward()  # type: ignore[no-untyped-call]
     return sums
 
 
-def _forward(state: TrainState, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
+def _forward(
+    state: TrainState, batch: MicroBatch, baseline: Tensor | float
+) -> tuple[Tensor, dict[str, Tensor | float]]:
     model, router = base_of(state.policy), state.run.router_aux_loss_coef
     with autocast(state.ranks.device, state.run.precision):
         completions = completion_logps(model, batch, aligned=state.run.loss.wpo, routed=router > 0)
-    inputs = loss_inputs(batch, completions, state.reference(batch))
+    inputs = loss_inputs(batch, completions, state.reference(batch), baseline)
     loss_P = row_losses(inputs, state.run.loss)
     if completions.router_loss is not None:
         by_rows = DIVISOR[state.run.loss.name] == "rows"
@@ -114,7 +141,9 @@ def _forward(state: TrainState, batch: MicroBatch) -> tuple[Tensor, dict[str, Te
     return loss_P, metrics.of_batch(batch, completions, inputs, loss_P, state.run.loss) | work
 
 
-def loss_inputs(batch: MicroBatch, completions: Completions, reference: tuple[Tensor, Tensor] | None) -> LossInputs:
+def loss_inputs(
+    batch: MicroBatch, completions: Completions, reference: ReferenceLogps | None, baseline: Tensor | float = 0.0
+) -> LossInputs:
     logps_S, tail_S, tokens_S, rows = completions.logps_S, completions.tail_S, batch.lengths_S, batch.rows
     return LossInputs(
         chosen_P=logps_S[:rows],
@@ -126,6 +155,8 @@ def loss_inputs(batch: MicroBatch, completions: Completions, reference: tuple[Te
         chosen_tail_P=tail_S[:rows],
         rejected_tail_P=tail_S[rows:] if batch.paired else None,
         weight_P=None if completions.aligned_S is None else pair_weights(completions.aligned_S, tokens_S),
+        label_P=batch.label_P,
+        baseline=baseline,
     )
 
 

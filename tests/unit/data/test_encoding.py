@@ -28,7 +28,7 @@ def batch(rows) -> pa.Table:
 
 
 def encode_rows(rows, model_dir, **options):
-    given = {"format_name": "trl_text", "max_length": 64, "truncation": "drop"} | options
+    given = {"format_name": "trl_text", "kind": "pairs", "max_length": 64, "truncation": "drop"} | options
     return encode_batch(batch(rows), model_dir=str(model_dir), **given)
 
 

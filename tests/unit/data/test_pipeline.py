@@ -34,7 +34,7 @@ class LengthScorer:
         (calls / f"{np.random.default_rng().integers(1 << 60)}").touch()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        for name in ("chosen", "rejected"):
+        for name in set(table.column_names) - {"prompt"}:
             lengths = table[name].combine_chunks().value_lengths()
             table = table.append_column(f"ref_{name}", pa.array([-float(n.as_py()) for n in lengths], pa.float32()))
         return table
@@ -183,6 +183,39 @@ def test_the_dataset_of_an_earlier_attempt_is_used_if_it_is_whole(stage):
     assert stage(rows, **options) == first
     assert pq.read_table(path).equals(table)
     assert (first.rows, first.reference_digest) == ("answers", None)
+
+
+def unpaired(number: int):
+    return {"prompt": f"{number} is", "completion": f" so{' and so' * (number % 7)}", "label": number % 3 > 0}
+
+
+def test_unpaired_rows_carry_another_rows_answer(stage):
+    rows = [unpaired(number) for number in range(30)]
+    manifest = stage(rows, rows="unpaired", eval_split=0.2, max_length=28, seed=5)
+    assert (manifest.rows, manifest.train.rows, manifest.validation.rows) == ("unpaired", 24, 6)
+    assert (manifest.report.desirable, manifest.report.undesirable) == (20, 10)
+    for split in (manifest.train, manifest.validation):
+        table = stage.table(split).to_pylist()
+        answers = {tuple(row["answer"]) for row in table}
+        for row in table:
+            assert row["label"] == float(rows[row["line"] - 1]["label"])
+            assert any(answer[: len(row["mismatched"])] == tuple(row["mismatched"]) for answer in answers)
+            assert 0 < len(row["mismatched"]) <= 28 - len(row["prompt"])
+            assert row["ref_answer"] == -len(row["answer"])
+            assert row["ref_mismatched"] == -len(row["mismatched"])
+    assert stage(rows, rows="unpaired", eval_split=0.2, max_length=28, seed=5) == manifest
+    with pytest.raises(InvalidData, match="the same prompt"):
+        stage(
+            [unpaired(1) | {"prompt": "It is", "completion": f" {n}"} for n in range(5)], rows="unpaired", job="other"
+        )
+
+
+def test_pairs_become_unpaired_rows(stage):
+    manifest = stage([pair(number) for number in range(6)], rows="unpaired", scorer=None)
+    table = stage.table(manifest.train)
+    assert table["label"].to_pylist() == [1.0, 0.0] * 6
+    assert table["line"].to_pylist() == [line for line in range(1, 7) for _ in range(2)]
+    assert all(row["mismatched"] for row in table.to_pylist())
 
 
 def test_rows_of_the_validation_file_do_not_train(stage):

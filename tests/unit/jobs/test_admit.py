@@ -23,6 +23,7 @@ from tests.unit.jobs.world import World, job_spec
 WANDB = {"type": "wandb", "wandb": {"project": "p"}}
 PAIRS = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": f"Not {n}."} for n in range(12)]
 ANSWERS = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(12)]
+UNPAIRED = [row | {"label": number > 8} for number, row in enumerate(ANSWERS)]
 CHATS = [
     {
         "prompt": [{"role": "user", "content": f"What is {n}?"}],
@@ -233,7 +234,12 @@ async def test_a_file_for_another_purpose_is_refused(ready: World) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "kind", "method", "match"),
-    [(ANSWERS, "answers", "dpo", "or method 'supervised'"), (PAIRS, "pairs", "supervised", "or method 'dpo'")],
+    [
+        (ANSWERS, "answers", "dpo", "or method 'supervised'"),
+        (PAIRS, "pairs", "supervised", "or method 'dpo'"),
+        (ANSWERS, "answers", "kto", "needs answers with a label each, or preference pairs"),
+        (UNPAIRED, "unpaired", "dpo", "or method 'kto'"),
+    ],
 )
 async def test_rows_of_the_wrong_kind_are_refused(
     ready: World, rows: list[dict], kind: str, method: str, match: str
@@ -243,6 +249,28 @@ async def test_rows_of_the_wrong_kind_are_refused(
         with pytest.raises((InvalidSpec, InvalidData), match=match if known else "needs") as refused:
             await ask(ready, training_file=file_id, method={"type": method})
         assert refused.value.param == "training_file"
+
+
+async def test_kto_takes_unpaired_answers_and_pairs(ready: World) -> None:
+    run, report = await ask(ready, UNPAIRED, method={"type": "kto"})
+    assert (run.data.rows, run.loss.name, run.reference.mode, run.batch.batch_size) == ("unpaired", "kto", "cached", 2)
+    assert (report.desirable, report.undesirable) == (3, 9)
+    assert any("a desirable_weight of 3.00 to 4.00" in warning for warning in report.warnings)
+    for known in ("pairs", None):
+        file_id = await upload(ready, PAIRS, kind=known)
+        _, report = await ask(ready, training_file=file_id, method={"type": "kto"})
+        assert (report.kept, report.desirable, report.undesirable) == (24, 12, 12)
+        assert not any("weigh" in warning for warning in report.warnings)
+
+
+async def test_kto_needs_two_prompts_on_either_side(ready: World) -> None:
+    same = [row | {"prompt": "What is it?"} for row in UNPAIRED]
+    with pytest.raises(InvalidData, match="the same prompt") as refused:
+        await ask(ready, same, method={"type": "kto"})
+    assert refused.value.param == "training_file"
+    with pytest.raises(InvalidData, match="the same prompt") as refused:
+        await ask(ready, UNPAIRED, method={"type": "kto"}, eval={"split": 0.05})
+    assert refused.value.param == "eval.split"
 
 
 async def test_conversations_need_a_chat_template(ready: World) -> None:

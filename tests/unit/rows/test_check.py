@@ -69,6 +69,23 @@ def test_supervised_files_have_answers_not_pairs(tmp_path, tokenizer):
     assert (report.chosen_tokens, report.longer_chosen_share) == (None, None)
 
 
+def test_unpaired_files_have_two_sides_that_may_contradict(tmp_path, tokenizer):
+    rows = [{"prompt": f"{n} is", "completion": f" the number {n}", "label": n > 2} for n in range(8)]
+    rows += [rows[5] | {"label": False}, rows[6]]
+    report = check_file(write(tmp_path, rows), "x", rows="unpaired", tokenizer=tokenizer, max_length=64)
+    assert (report.kept, report.desirable, report.undesirable, report.contradictions) == (9, 5, 4, 2)
+    assert report.answer_tokens.max > 0
+    assert "5 desirable answers, 4 undesirable" in summary(report)
+    assert any("desirable and undesirable of one and the same answer" in warning for warning in report.warnings)
+
+
+def test_a_file_of_pairs_is_read_as_unpaired_answers(tmp_path, tokenizer):
+    pairs = [pair(number) for number in range(6)]
+    report = check_file(write(tmp_path, pairs), "x", rows="unpaired", tokenizer=tokenizer, max_length=512)
+    assert (report.rows, report.desirable, report.undesirable) == (12, 6, 6)
+    assert (report.chosen_tokens, report.longer_chosen_share) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("rows", "says"),
     [

@@ -1,7 +1,8 @@
 import pytest
 
 from dpo_service.errors import InvalidData
-from dpo_service.rows.formats import BY_NAME, Row, normalise, recognise, require_kind
+from dpo_service.rows.formats import BY_NAME, Row, normalise, recognise
+from dpo_service.rows.kinds import as_kind, rows_of
 
 USER = {"role": "user", "content": "Why is the sky blue?"}
 GOOD = {"role": "assistant", "content": "Because of Rayleigh scattering."}
@@ -124,22 +125,47 @@ def test_ties_are_seen(extra, tie):
         ({"prompt": "a"}, "prompt_only"),
     ],
 )
-def test_what_no_method_uses_yet_is_recognised_and_refused_for_both_kinds(row, name):
+def test_what_is_neither_pairs_nor_plain_answers_is_refused_for_both(row, name):
     found = recognise(row, 1)
     assert found.name == name
     assert normalise(row, 1, found).prompt
-    with pytest.raises(InvalidData, match="needs pairs"):
-        require_kind(found, "pairs")
+    with pytest.raises(InvalidData, match="needs pairs.*'kto'" if "label" in row else "needs pairs"):
+        as_kind(found, "pairs")
     with pytest.raises(InvalidData, match="'supervised' needs"):
-        require_kind(found, "answers")
+        as_kind(found, "answers")
+    if "label" not in row:
+        with pytest.raises(InvalidData, match="no labels"):
+            as_kind(found, "unpaired")
+
+
+def test_unpaired_rows_have_a_label():
+    text, chat = {"prompt": "a", "completion": "b", "label": 1}, {"messages": [USER, GOOD], "label": False}
+    assert read(text) == ("unpaired", Row(3, "a", ("b",), label=1.0))
+    assert read(chat) == ("unpaired_messages", Row(3, [USER], ([GOOD],), label=0.0))
+
+
+def test_a_pair_is_two_unpaired_answers():
+    for row in (
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    ):
+        found = as_kind(recognise(row, 3), "unpaired")
+        pair = normalise(row, 3, found)
+        good, bad = rows_of(row, 3, found)
+        assert (good.prompt, good.answers, good.label) == (pair.prompt, pair.answers[:1], 1.0)
+        assert (bad.prompt, bad.answers, bad.label) == (pair.prompt, pair.answers[1:], 0.0)
+    turns = "\n\nHuman: Hi\n\nAssistant:"
+    row = {"chosen": f"{turns} Yes.", "rejected": f"{turns} No."}
+    good, bad = rows_of(row, 3, as_kind(recognise(row, 3), "unpaired"))
+    assert (good.plain, bad.plain) == ((turns, " Yes."), (turns, " No."))
 
 
 def test_a_file_of_the_wrong_kind_is_refused_with_the_way_out():
     with pytest.raises(InvalidData, match=r"single answers \(OpenAI chat\).*method 'supervised'"):
-        require_kind(BY_NAME["openai_chat"], "pairs")
+        as_kind(BY_NAME["openai_chat"], "pairs")
     with pytest.raises(InvalidData, match="'supervised' needs `messages`"):
-        require_kind(BY_NAME["trl_text"], "answers")
-    require_kind(BY_NAME["trl_text"], "pairs")
+        as_kind(BY_NAME["trl_text"], "answers")
+    as_kind(BY_NAME["trl_text"], "pairs")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +210,7 @@ def test_a_file_of_the_wrong_kind_is_refused_with_the_way_out():
         ({"messages": [USER]}, "must be the assistant's"),
         ({"messages": [GOOD]}, "has an answer only"),
         ({"messages": [USER, GOOD | {"weight": 0}]}, "weight 0"),
-        ({"prompt": "a", "completion": "b", "label": "yes"}, "`label` must be true or false"),
+        ({"prompt": "a", "completion": "b", "label": "yes"}, "`label` must be true .desirable. or false"),
     ],
 )
 def test_bad_rows_are_refused_with_their_line(row, says):

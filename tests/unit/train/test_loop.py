@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from dpo_service.checkpoint.load import newest_valid
 from dpo_service.errors import CheckpointError, NonFiniteLoss, TrainingError
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.specs.method import RefreshSpec
 from dpo_service.storage import paths
+from dpo_service.train.batch import collate
+from dpo_service.train.logprobs import completion_logps
+from dpo_service.train.policy import load_model
+from dpo_service.train.rows import RowTable
 from tests.unit.train.training_kit import Recorder, build_model, make_job, same, weights
 
 KINDS = {
@@ -18,6 +23,8 @@ KINDS = {
     "dpo-live": {"reference": "live"},
     "dpo-smoothed": {"label_smoothing": 0.1},
     "sft": {"loss": "sft"},
+    "kto": {"loss": "kto"},
+    "kto-lora": {"loss": "kto", "reference": "live", "lora": LoraSpec(rank=4, dropout=0.1)},
     "lora": {"reference": "live", "lora": LoraSpec(rank=4, dropout=0.1)},
     "bfloat16": {"precision": "bfloat16"},
     "refresh-hard": {"reference": "live", "refresh": RefreshSpec(every_steps=2)},
@@ -108,7 +115,36 @@ def test_supervised_learns(tmp_path, model_dir):
     assert {"grad_norm", "learning_rate", "num_tokens", "tokens_per_second"} <= set(last)
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "sft"])
+def test_kto_learns_and_reports_what_trl_reports(tmp_path, model_dir):
+    job = make_job(tmp_path, model_dir, loss="kto", loss_options={"beta": 0.5}, steps=12)
+    recorded = Recorder()
+    job.train(reports=recorded)
+    first, last = recorded.values["train", 1], recorded.values["train", 12]
+    assert first["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert first["kl"] == 0
+    assert last["loss"] < 0.45
+    assert last["rewards/chosen"] > last["rewards/rejected"]
+    assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"])
+    assert max(values["kl"] for values in recorded.values.values()) > 0
+    named = "loss rewards/chosen rewards/rejected rewards/margins logps/chosen logps/rejected kl"
+    assert set(named.split()) <= set(last)
+    assert "answers_per_second" in last
+
+
+def test_kto_measures_the_drift_over_the_whole_split(tmp_path, model_dir):
+    job = make_job(tmp_path, model_dir, loss="kto", steps=4, validation=5)
+    recorded = Recorder()
+    job.train(reports=recorded)
+    policy = load_model(newest_valid(job.store, "j").model)
+    table = RowTable.load(job.store, job.dataset.validation)
+    batch = collate(table.mismatched(range(len(table))))
+    with torch.no_grad():
+        drift = float((completion_logps(policy, batch).logps_S - batch.ref_chosen_P).mean())
+    assert drift > 0
+    assert recorded.values["eval", 4]["kl"] == pytest.approx(drift, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "sft", "kto"])
 def test_accumulation_equals_one_batch(tmp_path, model_dir, loss):
     whole, parts = Recorder(), Recorder()
     make_job(tmp_path / "a", model_dir, loss=loss, micro_batch_size=8).train(reports=whole)
@@ -118,10 +154,11 @@ def test_accumulation_equals_one_batch(tmp_path, model_dir, loss):
     assert norms[:2] == pytest.approx(norms[2:], rel=1e-4)
 
 
-def test_live_and_cached_reference_agree(tmp_path, model_dir):
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_live_and_cached_reference_agree(tmp_path, model_dir, loss):
     live, cached = Recorder(), Recorder()
-    make_job(tmp_path / "a", model_dir, reference="live").train(reports=live)
-    make_job(tmp_path / "b", model_dir, reference="cached").train(reports=cached)
+    make_job(tmp_path / "a", model_dir, loss=loss, reference="live").train(reports=live)
+    make_job(tmp_path / "b", model_dir, loss=loss, reference="cached").train(reports=cached)
     assert live.losses() == pytest.approx(cached.losses(), rel=1e-5)
 
 

@@ -23,7 +23,7 @@ from dpo_service.train.losses import (
 CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED = [-10.0, -3.0], [-20.0, -4.0], [-12.0, -3.0], [-15.0, -9.0]
 N_CHOSEN, N_REJECTED = [4, 2], [5, 8]
 CHOSEN_TAIL, REJECTED_TAIL, WEIGHTS = [0.0, -1.0], [-2.0, 0.0], [0.5, 0.25]
-PAIRED = sorted(set(LOSSES) - {"sft"})
+PAIRED = sorted(set(LOSSES) - {"sft", "kto"})
 LOGISTIC = ("sigmoid", "robust", "sigmoid_norm")
 
 
@@ -41,12 +41,13 @@ def inputs(chosen, rejected, ref_chosen, ref_rejected, *, n_chosen=3, n_rejected
 def golden():
     """D_w = 2, 0; D_l = -5, 5; h = 7, -5; per token D_w = .5, 0; D_l = -1, .625; lp_w = -2.5, -1.5; lp_l = -4, -.5.
 
-    Without the tails D_w = 2, 1; D_l = -3, 5; h = 5, -4.
+    Without the tails D_w = 2, 1; D_l = -3, 5; h = 5, -4. Unpaired: D_w, the first desirable, the other not; z = 1/2.
     """
     columns = (torch.tensor(column, dtype=torch.float64) for column in (CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED))
     tails = {"chosen_tail_P": CHOSEN_TAIL, "rejected_tail_P": REJECTED_TAIL, "weight_P": WEIGHTS}
     more = {name: torch.tensor(column, dtype=torch.float64) for name, column in tails.items()}
-    return replace(inputs(*columns, n_chosen=N_CHOSEN, n_rejected=N_REJECTED), **more)
+    labels = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    return replace(inputs(*columns, n_chosen=N_CHOSEN, n_rejected=N_REJECTED), **more, label_P=labels, baseline=0.5)
 
 
 def s(x):
@@ -112,6 +113,8 @@ GOLDEN = [
     ("orpo", {"lam": 1.5}, [-a - 1.5 * log_s(log_odds(a) - log_odds(b)) for a, b in ((-2.5, -4), (-1.5, -0.5))]),
     ("simpo", {}, [-log_s(2 * 1.5 - 1), -log_s(-2 * 1 - 1)]),
     ("simpo", {"beta": 10.0, "gamma_beta_ratio": 0.1}, [-log_s(15 - 1), -log_s(-10 - 1)]),
+    ("kto", {}, [s(-0.1 * (2 - 0.5)), s(0.1 * (0 - 0.5))]),
+    ("kto", {"beta": 1.0, "desirable_weight": 3.0, "undesirable_weight": 2.0}, [3 * s(-1.5), 2 * s(-0.5)]),
     ("sft", {}, [10.0, 3.0]),
 ]
 
@@ -248,6 +251,30 @@ def test_gradient(name, numbers):
         return row_losses(replace(made, **tails, weight_P=torch.linspace(0, 1, 6, dtype=torch.float64)), spec)
 
     assert torch.autograd.gradcheck(loss, columns[:2])
+
+
+def unpaired(chosen_P, *, reference=0.0, labels=(1.0, 0.0), baseline=0.0):
+    reference_P = torch.full_like(chosen_P, reference)
+    labels_P = torch.tensor(labels, dtype=chosen_P.dtype)
+    return LossInputs(chosen_P, torch.ones(2), ref_chosen_P=reference_P, label_P=labels_P, baseline=baseline)
+
+
+def test_gradient_of_kto():
+    chosen = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    spec = LossSpec(name="kto", beta=0.7, desirable_weight=1.3)
+    assert torch.autograd.gradcheck(lambda c: row_losses(unpaired(c, baseline=0.4), spec), [chosen])
+
+
+def test_kto_is_one_half_at_the_reference_and_pulls_labels_apart():
+    chosen = torch.zeros(2, requires_grad=True)
+    loss_P = row_losses(unpaired(chosen), LossSpec(name="kto"))
+    assert loss_P.tolist() == [0.5, 0.5]
+    up, down = torch.autograd.grad(loss_P.sum(), chosen)[0].tolist()
+    assert up < 0 < down
+    far = torch.tensor([-1e4, 1e4], requires_grad=True)
+    loss_P = row_losses(unpaired(far), LossSpec(name="kto"))
+    assert loss_P.tolist() == [1.0, 1.0]
+    assert torch.isfinite(torch.autograd.grad(loss_P.sum(), far)[0]).all()
 
 
 def test_gradient_of_sft():

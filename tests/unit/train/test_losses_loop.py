@@ -17,12 +17,20 @@ from dpo_service.train.losses import LOSSES
 from tests.unit.train.training_kit import Recorder, make_job
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
-PAIRED = sorted(set(LOSSES) - {"sft"})
-FIRST = {"sigmoid": math.log(2), "robust": math.log(2), "hinge": 1.0, "apo_zero": 1.0, "apo_down": 1.0, "ipo": 25.0}
+PREFERENCES = sorted(set(LOSSES) - {"sft"})
+FIRST = {
+    "sigmoid": math.log(2),
+    "robust": math.log(2),
+    "hinge": 1.0,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "ipo": 25.0,
+    "kto": 0.5,
+}
 """What the first step must say, where policy and reference are still the same."""
 
 
-@pytest.mark.parametrize("loss", PAIRED)
+@pytest.mark.parametrize("loss", PREFERENCES)
 def test_every_loss_trains(tmp_path, model_dir, loss):
     recorded = Recorder()
     job = make_job(tmp_path, model_dir, loss=loss, steps=3)
@@ -32,13 +40,13 @@ def test_every_loss_trains(tmp_path, model_dir, loss):
     assert all(math.isfinite(value) for value in losses)
     assert losses[0] == pytest.approx(FIRST.get(loss, losses[0]), rel=1e-4)
     assert recorded.values["eval", 3]["loss"] != recorded.values["eval", 0]["loss"], "the weights moved"
-    expected = "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"
+    expected = "rewards/chosen", "rewards/rejected", "rewards/margins", "kl" if loss == "kto" else "rewards/accuracies"
     assert all(math.isfinite(recorded.values["train", 3][name]) for name in expected)
     digest = newest_valid(job.store, "j").manifest.reference_digest
     assert (digest is not None) == LOSS_TABLE[loss].reference
 
 
-@pytest.mark.parametrize("loss", PAIRED)
+@pytest.mark.parametrize("loss", PREFERENCES)
 def test_every_loss_is_the_same_however_a_step_is_cut(tmp_path, model_dir, loss):
     whole, parts = Recorder(), Recorder()
     make_job(tmp_path / "a", model_dir, loss=loss, steps=2, validation=0, micro_batch_size=8).train(reports=whole)
@@ -95,7 +103,8 @@ def test_the_loss_of_every_example_trains(tmp_path, model_dir, path):
     spec = JobSpec.model_validate(load(path))
     numbers = choices._loss(spec).model_dump()
     recorded = Recorder()
-    job = make_job(tmp_path, model_dir, loss=numbers.pop("name"), loss_options=numbers, steps=2)
+    reference = {} if choices._reference(spec) == "none" else {"reference": choices._reference(spec)}
+    job = make_job(tmp_path, model_dir, loss=numbers.pop("name"), loss_options=numbers, steps=2, **reference)
     assert (job.run.loss, job.run.reference.mode) == (choices._loss(spec), choices._reference(spec))
     assert job.train(reports=recorded).steps == 2
     assert recorded.values["eval", 2]["loss"] != recorded.values["eval", 0]["loss"]

@@ -133,6 +133,52 @@ def test_equals_trl(name, loss_type, numbers):
         assert ours == pytest.approx(trl_loss(batch, loss_type, spec), rel=1e-6, abs=1e-6)
 
 
+def trl_kto(batch: Batch, labels: torch.Tensor, kl_S: torch.Tensor, spec: LossSpec) -> float:
+    """KTOTrainer._compute_loss; `kl_S` are log-ratios of the mismatched answers."""
+    from trl import KTOTrainer
+
+    rows = {name: tensor[:PAIRS] for name, tensor in batch.theirs().items() if "logps" not in name}
+    model = Model(batch)
+    accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x)
+    trainer = SimpleNamespace(
+        model=model,
+        accelerator=accelerator,
+        precompute_ref_logps=True,
+        calculate_KL=True,
+        loss_type="kto",
+        beta=spec.beta,
+        desirable_weight=spec.desirable_weight,
+        undesirable_weight=spec.undesirable_weight,
+        aux_loss_enabled=False,
+        _compute_kl_logps=lambda *_: kl_S,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    rows |= {"label": labels, "ref_logps": batch.reference_S[:PAIRS], "ref_KL_logps": torch.zeros_like(kl_S)}
+    return float(KTOTrainer._compute_loss(trainer, model, rows, False))
+
+
+@pytest.mark.parametrize("drift", [-1.0, 2.0])
+def test_kto_equals_trl(drift):
+    spec = LossSpec(name="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
+    for seed in range(5):
+        batch = Batch(seed)
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.rand(PAIRS, generator=generator) > 0.4
+        kl_S = torch.randn(PAIRS, generator=generator) + drift
+        pairs = batch.ours()
+        inputs = LossInputs(
+            pairs.chosen_P,
+            pairs.chosen_tokens_P,
+            ref_chosen_P=pairs.ref_chosen_P,
+            label_P=labels.float(),
+            baseline=max(0.0, float(kl_S.mean())),
+        )
+        batch.logps_SL, batch.squares_SL = batch.logps_SL[:PAIRS], batch.squares_SL[:PAIRS]
+        assert row_losses(inputs, spec).mean().item() == pytest.approx(trl_kto(batch, labels, kl_S, spec), rel=1e-6)
+
+
 @pytest.mark.parametrize("gamma_beta_ratio", [0.0, 0.4])
 def test_simpo_equals_trl(gamma_beta_ratio):
     from trl.experimental.cpo import CPOTrainer

@@ -39,16 +39,24 @@ def of(values, split, name):
     return [metrics[name] for (kind, _), metrics in sorted(values.items()) if kind == split]
 
 
-def test_two_ranks_equal_one(tmp_path, model_dir):
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_two_ranks_equal_one(tmp_path, model_dir, loss):
     """Batches of 7, so that the ranks' shares differ; then the same run goes on alone."""
-    options = {"batch_size": 7, "micro_batch_size": 2, "steps": 6, "save_every_steps": 3, "reference": "live"}
+    options = {
+        "batch_size": 7,
+        "micro_batch_size": 2,
+        "steps": 6,
+        "save_every_steps": 3,
+        "reference": "live",
+        "loss": loss,
+    }
     alone = Recorder()
     make_job(tmp_path / "one", model_dir, **options).train(reports=alone)
     two = make_job(tmp_path / "two", model_dir, **options)
     values, messages = train_on_two(two)
     assert messages[0] == "Training on 2 workers, 48 rows, 6 steps"
     for split in ("train", "eval"):
-        for name in ("loss", "rewards/chosen", "logps/rejected", "rewards/accuracies"):
+        for name in ("loss", "rewards/chosen", "logps/rejected", "kl" if loss == "kto" else "rewards/accuracies"):
             assert of(values, split, name) == pytest.approx(of(alone.values, split, name), rel=1e-5, abs=1e-6)
     assert of(values, "train", "grad_norm") == pytest.approx(of(alone.values, "train", "grad_norm"), rel=1e-4)
     assert of(values, "train", "num_tokens") == of(alone.values, "train", "num_tokens")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dpo_service.checkpoint.format import digest_of
 from dpo_service.checkpoint.load import newest_valid, opened
-from dpo_service.manifests.dataset import DatasetManifest, DatasetReport, SplitManifest
+from dpo_service.manifests.dataset import ANSWERS, DatasetManifest, DatasetReport, SplitManifest
 from dpo_service.specs.data import DataSpec
 from dpo_service.specs.loss import LOSS_TABLE, LossSpec
 from dpo_service.specs.method import ReferenceSpec, RefreshSpec
@@ -63,19 +63,20 @@ def build_model(directory: Path, *, tied: bool = True) -> Path:
     return directory
 
 
-def random_rows(count: int, *, paired: bool = True, seed: int = 0) -> dict[str, list]:
+def random_rows(count: int, *, rows: str = "pairs", seed: int = 0) -> dict[str, list]:
     rng = np.random.default_rng(seed)
 
     def ids(low, high):
         return [rng.integers(4, VOCAB, rng.integers(low, high)).tolist() for _ in range(count)]
 
     columns = {"index": list(range(count)), "prompt": ids(3, 12), "truncated": [row % 4 == 0 for row in range(count)]}
-    return columns | ({"chosen": ids(2, 14), "rejected": ids(2, 14)} if paired else {"answer": ids(2, 14)})
+    columns |= {name: ids(2, 14) for name in ANSWERS[rows]}
+    return columns | ({"label": [float(row % 3 > 0) for row in range(count)]} if rows == "unpaired" else {})
 
 
 def as_table(columns: dict[str, list]) -> pa.Table:
     lists = pa.list_(pa.int32())
-    types = {"index": pa.int64(), "truncated": pa.bool_()}
+    types = {"index": pa.int64(), "truncated": pa.bool_(), "label": pa.float32()}
     return pa.table({name: pa.array(values, types.get(name, lists)) for name, values in columns.items()})
 
 
@@ -123,11 +124,11 @@ def make_job(
     **run_options,
 ) -> Job:
     store = Store(root)
-    paired, referenced = loss != "sft", LOSS_TABLE[loss].reference
+    kind, referenced = {"sft": "answers", "kto": "unpaired"}.get(loss, "pairs"), LOSS_TABLE[loss].reference
     options = dict(loss_options or {}) | ({} if label_smoothing is None else {"label_smoothing": label_smoothing})
-    tables = {"train": as_table(columns or random_rows(rows, paired=paired))}
+    tables = {"train": as_table(columns or random_rows(rows, rows=kind))}
     if validation:
-        tables["validation"] = as_table(random_rows(validation, paired=paired, seed=1))
+        tables["validation"] = as_table(random_rows(validation, rows=kind, seed=1))
     base = digest_of(model_dir)
     if referenced and reference == "cached":
         scorer = ReferenceScorer(
@@ -139,7 +140,7 @@ def make_job(
         tables = {name: scorer(table) for name, table in tables.items()}
     splits = {name: _split(store, name, table) for name, table in tables.items()}
     dataset = DatasetManifest(
-        rows="pairs" if paired else "answers",
+        rows=kind,
         train=splits["train"],
         validation=splits.get("validation"),
         report=DatasetReport(format="test", rows=rows, kept=rows),
@@ -151,7 +152,7 @@ def make_job(
     )
     run = RunSpec(
         job_id="j",
-        method="dpo" if paired else "supervised",
+        method={"answers": "supervised", "unpaired": "kto"}.get(kind, "dpo"),
         model=ModelSource(name="tiny", path=str(model_dir)),
         data=DataSpec(
             rows=dataset.rows,
