@@ -20,6 +20,7 @@ DATA ?=
 DATA_DIR ?= data
 PORT ?=
 TESTS ?= tests
+BENCH_ROWS ?=
 
 .PHONY: help
 help: ## Show this list
@@ -83,10 +84,21 @@ test: lint ## Everything a change must pass
 test-long: install-dev ## The tests that take minutes to hours
 	$(BIN)/pytest -m long --timeout 7200 tests
 
-bench: install-dev ## Losses and speed beside TRL's DPOTrainer
+# Half an hour on two idle cores. BENCH_ROWS may name a preference file of your own.
+bench: install-dev ## Losses, speed and memory beside TRL's DPOTrainer; writes benchmarks/results.json
 	$(BIN)/python -m benchmarks.trl_parity
 	$(BIN)/python -m benchmarks.step --rows short
-	$(BIN)/python -m benchmarks.step --rows long
+	$(BIN)/python -m benchmarks.step --rows long --steps 4
+	$(BIN)/python -m benchmarks.step --rows short --reference live --steps 4
+	$(BIN)/python -m benchmarks.step --rows short --precision bfloat16
+	$(BIN)/python -m benchmarks.step --rows long --precision bfloat16 --steps 4
+	$(BIN)/python -m benchmarks.step --rows short --vocabulary 150000 --steps 3 --batch 4
+	$(if $(BENCH_ROWS),$(BIN)/python -m benchmarks.step --rows '$(BENCH_ROWS)')
+	$(BIN)/python -m benchmarks.ablation --rows short
+	$(BIN)/python -m benchmarks.ablation --rows long
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.pipeline
+	$(BIN)/python -m benchmarks.report
 
 .PHONY: lock clean clean-venv clean-data
 lock: install-dev ## Resolve the lists in deploy/requirements anew
