@@ -29,7 +29,7 @@ from dpo_service.specs.loss import LOSS_TABLE, LossSpec
 from dpo_service.specs.method import ReferenceSpec
 from dpo_service.specs.optim import OptimSpec
 from dpo_service.specs.resources import ResourceSpec
-from dpo_service.specs.run import BatchSpec, ModelSource, RunSpec
+from dpo_service.specs.run import BatchSpec, ModelSource, Precision, RunSpec
 
 DEFAULT_MAX_LENGTH = 1024
 LORA_FACTOR = 10.0
@@ -185,6 +185,7 @@ def _optim(spec: JobSpec) -> OptimSpec:
     default = LOSS_TABLE[spec.method.loss].learning_rate * (LORA_FACTOR if spec.lora else 1.0)
     multiplier = chosen_or(spec.method.hyperparameters.learning_rate_multiplier, 1.0)
     return OptimSpec(
+        optimizer=spec.optimizer,
         learning_rate=spec.learning_rate if spec.learning_rate is not None else default * multiplier,
         lr_schedule=spec.lr_schedule,
         warmup_ratio=spec.warmup_ratio,
@@ -194,8 +195,8 @@ def _optim(spec: JobSpec) -> OptimSpec:
 
 
 def _activation_checkpointing(spec: JobSpec, batch: BatchSpec, length: int, layer_width: int) -> bool:
-    """A packed row holds at most both answers and a prompt of each pair."""
-    kept = ACTIVATION_BYTES * layer_width * batch.micro_batch_size * 2 * length
+    """The longest pair goes alone where it exceeds the budget, and holds at most twice `length` tokens."""
+    kept = ACTIVATION_BYTES * layer_width * max(batch.micro_batch_tokens, 2 * length)
     return chosen_or(spec.activation_checkpointing, bool(spec.resources.gpus_per_worker) and kept > ACTIVATION_LIMIT)
 
 
@@ -220,7 +221,7 @@ def _router(spec: JobSpec, own: float | None) -> float:
     return asked
 
 
-def _precision(spec: JobSpec) -> Literal["float32", "bfloat16"]:
+def _precision(spec: JobSpec) -> Precision:
     if spec.precision != "auto":
         return spec.precision
     return "bfloat16" if spec.resources.gpus_per_worker else "float32"

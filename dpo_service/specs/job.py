@@ -14,7 +14,7 @@ from dpo_service.specs.base import AUTO, Auto, Spec
 from dpo_service.specs.data import Truncation
 from dpo_service.specs.eval import CheckpointSpec, EvalSpec, ranking_metrics
 from dpo_service.specs.method import MethodSpec, RefreshSpec
-from dpo_service.specs.optim import LrSchedule
+from dpo_service.specs.optim import LrSchedule, OptimizerName
 from dpo_service.specs.resources import ResourceSpec
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
@@ -50,6 +50,8 @@ class JobSpec(Spec):
     """The true peak learning rate; excludes a `learning_rate_multiplier`."""
     lr_schedule: LrSchedule = "linear"
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    optimizer: OptimizerName = "adamw"
+    """`adamw_8bit` keeps its moments in 8 bits, `adamw_offload` in the host's memory."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Annotated[int, Field(ge=1)] | None = None
@@ -58,7 +60,8 @@ class JobSpec(Spec):
     """Tokens of prompt plus answer; default: what the model allows, at most 1024."""
     truncation: Truncation = "refuse"
     deduplicate: bool = True
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "pure_bfloat16"] = "auto"
+    """`bfloat16`: arithmetic over float32 weights. `pure_bfloat16`: weights and moments too, stochastically rounded."""
     activation_checkpointing: Auto[bool] = AUTO
     """Compute each layer again in the backward pass rather than keep what it computed."""
     compile: bool = False
@@ -115,6 +118,12 @@ class JobSpec(Spec):
             raise ValueError(
                 "reference_refresh moves the reference, and a cached one cannot move; "
                 "remove `reference`, or set it to live"
+            )
+        assert self.reference_refresh is not None
+        if self.precision == "pure_bfloat16" and self.lora is None and self.reference_refresh.alpha < 1:
+            raise ValueError(
+                "reference_refresh.alpha below 1 mixes the policy into a reference of pure bfloat16, which rounds "
+                "small shares away; set alpha to 1, or precision to bfloat16"
             )
 
     def _can_keep_best(self) -> None:

@@ -14,6 +14,8 @@ from dpo_service.specs.method import ReferenceSpec
 from dpo_service.specs.optim import OptimSpec
 from dpo_service.specs.resources import ResourceSpec
 
+Precision = Literal["float32", "bfloat16", "pure_bfloat16"]
+
 
 class ModelSource(Spec):
     """Where a model lies. Exactly one of the three places."""
@@ -48,7 +50,7 @@ class RunSpec(Spec):
     reference: ReferenceSpec
     optim: OptimSpec
     batch: BatchSpec
-    precision: Literal["float32", "bfloat16"]
+    precision: Precision
     activation_checkpointing: bool = False
     compile: bool = False
     router_aux_loss_coef: float = 0.0

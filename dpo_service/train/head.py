@@ -143,8 +143,8 @@ class _HeadLogps(torch.autograd.Function):
         weight = weight_VH.to(options.dtype)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_CH) if want_hidden else None
-        grad_weight = torch.zeros_like(weight_VH) if want_weight else None
-        grad_bias = torch.zeros_like(bias_V) if want_bias else None
+        grad_weight = torch.zeros_like(weight_VH, dtype=_sums(weight_VH.dtype)) if want_weight else None
+        grad_bias = torch.zeros_like(bias_V, dtype=_sums(bias_V.dtype)) if want_bias else None
         start = 0
         for hidden_KH, target_K, logits_KV in _chunks(hidden_CH, weight_VH, bias_V, target_C, options):
             rows = slice(start, start := start + len(target_K))
@@ -157,7 +157,11 @@ class _HeadLogps(torch.autograd.Function):
             if grad_weight is not None:
                 _add_product(grad_weight, grad_KV.T, hidden_KH)
             del logits_KV, grad_KV
-        return grad_hidden, grad_weight, grad_bias, None, None
+        return grad_hidden, _as(weight_VH, grad_weight), _as(bias_V, grad_bias), None, None
+
+
+def _as(like: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    return gradient if like is None or gradient is None else gradient.to(like.dtype)
 
 
 def _chunks(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_C: Tensor, options: _Options):  # type: ignore[no-untyped-def]  # noqa: ANN202

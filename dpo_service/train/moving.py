@@ -33,7 +33,8 @@ class MovingReference:
         self._policy, self._spec = policy, refresh
         parameters = trained_parameters(policy)
         if base_of(policy) is policy:
-            model = load_model(model_dir, next(iter(parameters.values())).device).requires_grad_(False)
+            device = next(iter(parameters.values())).device
+            model = load_model(model_dir, device, precision).requires_grad_(False)
             own: dict[str, Tensor] = dict(model.named_parameters())
             self.weights = {name: own[name] for name in parameters}
             self._live = LiveReference(model, precision, ld_alpha)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpo_service.specs.optim import LrSchedule, OptimSpec
+from dpo_service.train.optimizers import CompactAdamW, OffloadedAdamW
 
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
@@ -18,12 +20,25 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.AdamW:
-    """AdamW over what is trained; biases and norms are not decayed.
+def build_optimizer(model: nn.Module, spec: OptimSpec, seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW over what is trained; biases and norms are not decayed. `seed` is that of rounding, where there is any.
 
     It is torch's fused one: one pass over memory where the other makes a dozen (on the CPU 5 times as fast), and on a
-    GPU it can skip a step without asking the host.
+    GPU it can skip a step without asking the host. Those that take less memory are in `optimizers.py`.
     """
+    groups = _groups(model, spec.weight_decay)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    numbers: dict[str, Any] = {"lr": spec.learning_rate, "betas": spec.betas, "eps": spec.eps}
+    if spec.optimizer == "adamw_offload":
+        return OffloadedAdamW(groups, **numbers)
+    if spec.optimizer == "adamw_8bit" or any(parameter.dtype == torch.bfloat16 for parameter in parameters):
+        return CompactAdamW(groups, eight_bit=spec.optimizer == "adamw_8bit", seed=seed, **numbers)
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    return torch.optim.AdamW(groups, **numbers, fused=fused or None)
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What is decayed, then what is not."""
     in_norms = {
         f"{path}.{name}"
         for path, module in model.named_modules()
@@ -35,14 +50,8 @@ def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.AdamW:
     for name, parameter in trained_parameters(model).items():
         spared = name in in_norms or _NO_DECAY.search(name.lower())
         (free if spared else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=spec.learning_rate,
-        betas=spec.betas,
-        eps=spec.eps,
-        fused=True if all(parameter.device.type in ("cpu", "cuda") for parameter in (*decayed, *free)) else None,
-    )
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def warmup_steps(spec: OptimSpec, total_steps: int) -> int:
@@ -74,7 +83,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: `{name}|exp_avg`, `{name}|exp_avg_sq`, `{name}|step`."""
+    """The optimizer's state by parameter name: `{name}|exp_avg`, `{name}|exp_avg_sq`, `{name}|step`,
+    and what else an optimizer keeps."""
     return {
         f"{name}|{slot}": value
         for name, parameter in trained_parameters(model).items()
@@ -83,9 +93,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, on the parameters' devices (step counts stay on the CPU)."""
+    """Put back what `optimizer_tensors` gave, on the parameters' devices, or where the optimizer keeps its state (step
+    counts stay on the CPU)."""
     parameters = trained_parameters(model)
     for key, value in tensors.items():
         name, slot = key.rsplit("|", 1)
         parameter = parameters[name]
-        optimizer.state[parameter][slot] = value.clone() if slot == "step" else value.to(parameter.device, copy=True)
+        home = torch.device("cpu") if slot == "step" else getattr(optimizer, "home", parameter.device)
+        optimizer.state[parameter][slot] = value.to(home, copy=True)

@@ -31,8 +31,13 @@ COPIED = (
 """What of a base model's directory its descendants keep: the tokenizer, its templates, how to generate."""
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> Any:
-    """A causal language model in float32, without dropout. Safetensors only; no code from the model is run.
+WEIGHT_DTYPE = {"float32": torch.float32, "bfloat16": torch.float32, "pure_bfloat16": torch.bfloat16}
+"""What the weights are kept in while training; adapters are float32 always."""
+
+
+def load_model(path: Path, device: torch.device | str = "cpu", precision: str = "float32") -> Any:
+    """A causal language model in the weights' type of `precision`, without dropout, read straight onto `device`.
+    Safetensors only; no code from the model is run.
 
     Raises:
         TrainingError: transformers has no model of this kind of its own.
@@ -43,9 +48,14 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> Any:
     logging.disable_progress_bar()
     _require_known(path)
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        path,
+        dtype=WEIGHT_DTYPE[precision],
+        device_map={"": device},
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
-    model = model.eval().to(device)
+    model = model.eval()
     split_head(model)
     use_packing(model)
     return model
@@ -95,7 +105,7 @@ def base_of(policy: Any) -> Any:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """float32, or bfloat16 arithmetic over float32 weights."""
+    """Arithmetic of the weights' own type, or bfloat16 over float32 weights."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 

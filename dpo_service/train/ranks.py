@@ -61,6 +61,7 @@ class Ranks:
                 parameter.grad = torch.zeros_like(parameter)
         for bucket in _buckets([parameter.grad for parameter in trained if parameter.grad is not None]):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
+            flat = flat.float() if flat.dtype == torch.bfloat16 else flat
             dist.all_reduce(flat)
             for gradient, summed in zip(bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True):
                 gradient.copy_(summed.view_as(gradient))

@@ -83,7 +83,7 @@ def build_reference(
         return cached_reference
     if base_of(policy) is not policy:
         return LiveReference(policy, precision, ld_alpha)
-    return LiveReference(load_model(model_dir, device).requires_grad_(False), precision, ld_alpha)
+    return LiveReference(load_model(model_dir, device, precision).requires_grad_(False), precision, ld_alpha)
 
 
 class ReferenceScorer:
@@ -96,7 +96,7 @@ class ReferenceScorer:
         if threads := os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_model(Path(model_dir), self._device).requires_grad_(False)
+        model = load_model(Path(model_dir), self._device, precision).requires_grad_(False)
         self._reference = LiveReference(model, precision, ld_alpha)
         self._batch = batch
 

@@ -2,8 +2,8 @@
 
     snapshot (every rank, in the loop: device -> host memory) ──> write (rank 0, on a thread: host memory -> files)
 
-The model is stored once: `model/` (or `adapter/`) holds the weights that were trained, in float32. Where they go out
-in bfloat16, the float32 ones lie in `state/`.
+The model is stored once: `model/` (or `adapter/`) holds the weights that were trained, to the bit. Where float32
+weights go out in bfloat16, the float32 ones lie in `state/`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dpo_service.errors import CheckpointError
 from dpo_service.specs.run import RunSpec
 from dpo_service.train.optim import load_optimizer_tensors, optimizer_tensors, trained_parameters
 from dpo_service.train.policy import (
+    WEIGHT_DTYPE,
     add_adapter,
     export_adapter,
     export_model,
@@ -32,7 +33,7 @@ from dpo_service.train.policy import (
 )
 from dpo_service.train.step import TrainState
 
-EXPORT_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EXPORT_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "pure_bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def write(directory: Path, taken: Snapshot, run: RunSpec, model_dir: Path, count
     export_model(taken.policy, taken.model, model_dir, directory / MODEL, EXPORT_DTYPE[run.precision])
     if run.lora is not None:
         export_adapter(taken.policy, taken.trained, directory / ADAPTER, run.model.name)
-    elif run.precision != "float32":
+    elif _has_masters(run):
         files.write_tensors(directory / STATE / files.WEIGHTS, taken.trained)
     files.write_tensors(directory / STATE / files.OPTIMIZER, taken.optimizer)
     if taken.reference:
@@ -93,17 +94,22 @@ def write(directory: Path, taken: Snapshot, run: RunSpec, model_dir: Path, count
 def load_policy(run: RunSpec, model_dir: Path, checkpoint: Checkpoint | None, device: torch.device) -> Any:
     """The policy as at the start of the run, or as `checkpoint` left it."""
     if run.lora is not None:
-        base = load_model(model_dir, device)
+        base = load_model(model_dir, device, run.precision)
         return load_adapter(base, checkpoint.adapter) if checkpoint else add_adapter(base, run.lora, run.seed)
     if checkpoint is None:
-        return load_model(model_dir, device)
-    policy = load_model(checkpoint.model, device)
-    if run.precision != "float32":
+        return load_model(model_dir, device, run.precision)
+    policy = load_model(checkpoint.model, device, run.precision)
+    if _has_masters(run):
         weights = files.read_tensors(checkpoint.state / files.WEIGHTS)
         with torch.no_grad():
             for name, parameter in trained_parameters(policy).items():
                 parameter.copy_(weights[name])
     return policy
+
+
+def _has_masters(run: RunSpec) -> bool:
+    """Whether what is exported is less exact than what is trained."""
+    return EXPORT_DTYPE[run.precision] != WEIGHT_DTYPE[run.precision]
 
 
 def restore_optimizer(state: TrainState, checkpoint: Checkpoint) -> None:

@@ -52,7 +52,7 @@ def build_state(
     if run.router_aux_loss_coef:
         require_router(base_of(policy))
     reference = _reference(run, policy, model_dir, ranks.device)
-    state = TrainState(run, policy, reference, build_optimizer(policy, run.optim), ranks, total_steps)
+    state = TrainState(run, policy, reference, build_optimizer(policy, run.optim, run.seed), ranks, total_steps)
     if checkpoint is not None:
         saving.restore_optimizer(state, checkpoint)
         saving.restore_reference(state, checkpoint, base_digest)

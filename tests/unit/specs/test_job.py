@@ -43,6 +43,10 @@ def test_openai_documents_are_accepted_as_they_are():
             {"eval": {"split": 0.1}, "checkpoint": {"keep_best": 1}, "reference_refresh": {"every_steps": 5}},
             "incomparable",
         ),
+        (
+            {"reference_refresh": {"every_steps": 5, "alpha": 0.5}, "precision": "pure_bfloat16"},
+            "rounds small shares away; set alpha to 1",
+        ),
         ({"validation_file": "file-2", "eval": {"split": 0.1}}, "exclude"),
         ({"eval": {"every_steps": 5}}, "eval.every_steps"),
         ({"metadata": {str(i): "x" for i in range(17)}}, "17 keys"),

@@ -34,6 +34,9 @@ KINDS = {
         "refresh": RefreshSpec(every_steps=3, alpha=0.5),
         "lora": LoraSpec(rank=4, dropout=0.1),
     },
+    "pure-bfloat16": {"precision": "pure_bfloat16", "reference": "live"},
+    "8-bit": {"optimizer": "adamw_8bit"},
+    "offloaded": {"optimizer": "adamw_offload", "precision": "pure_bfloat16", "reference": "live"},
 }
 
 

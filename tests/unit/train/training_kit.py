@@ -31,7 +31,7 @@ TEMPLATE = (
 )
 
 
-def build_model(directory: Path, *, tied: bool = True) -> Path:
+def build_model(directory: Path, *, tied: bool = True, dtype: torch.dtype = torch.float32) -> Path:
     """A random two-layer Llama with a BPE tokenizer and a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -59,7 +59,7 @@ def build_model(directory: Path, *, tied: bool = True) -> Path:
         bos_token_id=None,
         pad_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(directory)
     return directory
 
 
@@ -121,6 +121,7 @@ def make_job(
     loss_options: dict[str, float] | None = None,
     shuffle: bool = True,
     weight_decay: float = 0.0,
+    optimizer: str = "adamw",
     **run_options,
 ) -> Job:
     store = Store(root)
@@ -163,7 +164,7 @@ def make_job(
         ),
         loss=LossSpec(name=loss, **options),
         reference=ReferenceSpec(mode=reference if referenced else "none", refresh=refresh),
-        optim=OptimSpec(learning_rate=learning_rate, weight_decay=weight_decay),
+        optim=OptimSpec(learning_rate=learning_rate, weight_decay=weight_decay, optimizer=optimizer),
         batch=BatchSpec(
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
