@@ -59,9 +59,9 @@ def test_killed_worker_resumes_from_the_last_checkpoint(tmp_path, model_dir, ray
     killer.join()
     assert len(killed) == 1
     assert (outcome.steps, outcome.stopped, outcome.checkpoint) == (60, False, paths.checkpoint_dir("j", 60))
-    messages = [report.message for report in reports(job) if report.type == "message"]
-    assert messages[0] == "Training on 2 workers, 48 rows, 60 steps"
-    assert "resuming from step" in messages[1]
+    starts = [report.message for report in reports(job) if report.message.startswith("Training on")]
+    assert starts[0] == "Training on 2 workers, 48 rows, 60 steps"
+    assert "resuming from step" in starts[1]
     losses = {r.data["step"]: r.data["loss"] for r in reversed(reports(job)) if r.type == "metrics"}
     expected = {step: values["loss"] for (_, step), values in alone.values.items()}
     assert losses == {step: pytest.approx(loss, rel=1e-3) for step, loss in expected.items()}
