@@ -71,7 +71,7 @@ check-torch:
 demo: install ## From nothing to a served, preference-tuned model (MODEL=, DATA= for your own)
 	@$(BIN)/dpo demo --data-dir '$(DATA_DIR)' $(if $(PORT),--port '$(PORT)') $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)')
 
-.PHONY: lint test test-long bench
+.PHONY: lint test test-long bench bench-gpu
 lint: install-dev ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -99,6 +99,9 @@ bench: install-dev ## Losses, speed and memory beside TRL's DPOTrainer; writes b
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.report
+
+bench-gpu: install-dev ## Speed and utilisation on a CUDA device, by attention backend and beside TRL
+	$(BIN)/python -m benchmarks.gpu_step
 
 .PHONY: lock clean clean-venv clean-data
 lock: install-dev ## Resolve the lists in deploy/requirements anew
