@@ -15,7 +15,11 @@
     ├── StopAsked                       500     stop_asked           an attempt ends because it was asked to
     └── TrainingError                   500     training_failed      a stage failed (carries `retryable`)
         ├── NonFiniteLoss               500     non_finite_loss      never retried
-        └── CheckpointError             500     checkpoint_invalid   a digest does not match, a file is missing
+        ├── CheckpointError             500     checkpoint_invalid   a digest does not match, a file is missing
+        └── JudgeError                  500     judge_failed         no verdicts can be had: a key, an address, a model
+            ├── JudgeCallFailed         500     judge_call_failed    one call failed (carries `reason`); costs a verdict
+            ├── SpendCapReached         500     spend_cap_reached    the judge cost what it may (carries `spent`)
+            └── TooFewVerdicts          500     too_few_verdicts     under half of a window's prompts gave a pair
 
 Each class carries its HTTP status and code; `api/problems.py` writes them in the wire format, and nothing else does.
 """
@@ -129,3 +133,44 @@ class NonFiniteLoss(TrainingError):
 
 class CheckpointError(TrainingError):
     code = "checkpoint_invalid"
+
+
+class JudgeError(TrainingError):
+    """The judge cannot give verdicts at all, and asking again cannot mend it."""
+
+    code = "judge_failed"
+    retryable = False
+
+
+class JudgeCallFailed(JudgeError):
+    """One call to a judge failed: that verdict is missing, and the job goes on. Never leaves `online/judges`.
+
+    `reason` is what it is counted under; `passing` says whether the same call may succeed later, and `retry_after`,
+    in seconds, when.
+    """
+
+    code = "judge_call_failed"
+
+    def __init__(self, message: str, *, reason: str, passing: bool, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.passing = passing
+        self.retry_after = retry_after
+
+
+class SpendCapReached(JudgeError):
+    """`spent` and `cap` are in the currency of the prices the job gave."""
+
+    code = "spend_cap_reached"
+
+    def __init__(self, message: str, *, spent: float, cap: float) -> None:
+        super().__init__(message)
+        self.spent = spent
+        self.cap = cap
+
+
+class TooFewVerdicts(JudgeError):
+    """Another attempt may do better: an endpoint that was away comes back."""
+
+    code = "too_few_verdicts"
+    retryable = True

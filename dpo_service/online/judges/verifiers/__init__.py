@@ -1,0 +1,1 @@
+"""Verifiers: what checks one answer by a rule, without a model. A `rules` judge is made of them."""
