@@ -103,9 +103,11 @@ def test_accuracy_that_does_not_leave_one_half(accuracy, where):
     assert told(later, watched=watched) == [(34, "accuracy", True)]
 
 
-def test_answers_that_are_not_pairs_have_gradients_only():
-    quiet = [{"step": step, "grad_norm": 2.0, "rows": 64.0} for step in range(1, 40)]
-    assert told([*quiet, {"step": 40, "grad_norm": 50.0, "rows": 64.0}]) == [(40, "exploding_gradients", False)]
+@pytest.mark.parametrize("sums", [{}, {"rewards/chosen": 0.1, "rewards/rejected": 0.2}])
+def test_answers_that_are_not_pairs_have_gradients_only(sums):
+    """Supervised ones, and those of KTO, which have rewards of either side but no margins."""
+    quiet = [{"step": step, "grad_norm": 2.0, "rows": 64.0} | sums for step in range(1, 40)]
+    assert told([*quiet, {"step": 40, "grad_norm": 50.0, "rows": 64.0} | sums]) == [(40, "exploding_gradients", False)]
 
 
 def test_windows_are_pooled_until_they_hold_enough_pairs():

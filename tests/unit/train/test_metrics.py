@@ -51,7 +51,7 @@ def pairs(seed: int, count: int):
 def test_metrics_of_parts_are_those_of_all_pairs():
     """Of micro-batches of unlike size, as numpy has them over all pairs at once."""
     total, spec, made = (
-        metrics.empty(True, CPU),
+        metrics.empty("pairs", CPU),
         LossSpec(name="sigmoid"),
         [pairs(seed, 3 + 7 * seed) for seed in (0, 1)],
     )
