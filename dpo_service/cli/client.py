@@ -56,8 +56,10 @@ class Service:
     def get(self, path: str, **params: str | int) -> Json:
         return self._call("GET", path, params=params)
 
-    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Json:
-        return self._call("POST", path, json=dict(body or {}))
+    def post(
+        self, path: str, body: Mapping[str, Any] | None = None, params: Mapping[str, str | int] | None = None
+    ) -> Json:
+        return self._call("POST", path, json=dict(body or {}), params=dict(params or {}))
 
     def delete(self, path: str) -> Json:
         return self._call("DELETE", path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -63,21 +65,31 @@ def submit(
 
 def create_job(service: Service, document: Json) -> Json:
     """Upload the local files a job document names, then create the job. A refused job leaves no file of ours behind."""
+    with uploaded(service, document) as complete:
+        return service.post("/v1/fine_tuning/jobs", complete)
+
+
+@contextmanager
+def uploaded(service: Service, document: Json, *, keep: bool = True) -> Iterator[Json]:
+    """`document` with ids in the place of local files, uploaded for it. They are deleted again if what is done within
+    is refused, or they are not to be kept."""
     from dpo_service.cli.exits import CliError
     from dpo_service.cli.jobfile import local_files
     from dpo_service.cli.output import err
 
-    document, uploaded = dict(document), list[str]()
+    document, file_ids = dict(document), list[str]()
     try:
         for field, path in local_files(document).items():
             file = service.upload(path)
-            uploaded.append(str(file["id"]))
+            file_ids.append(str(file["id"]))
             document[field] = file["id"]
             err.print(f"Uploaded {path} as {file['id']} ({int(file['bytes']):,} bytes).", soft_wrap=True)
-        return service.post("/v1/fine_tuning/jobs", document)
+        yield document
     except CliError:
-        _forget(service, uploaded)
+        _forget(service, file_ids)
         raise
+    if not keep:
+        _forget(service, file_ids)
 
 
 def _forget(service: Service, file_ids: list[str]) -> None:

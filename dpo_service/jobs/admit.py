@@ -1,16 +1,19 @@
 """Decides whether a job can be run, and every number the user left open. A job that is admitted needs no further look:
 what would fail an hour later on the cluster is refused here, with the field and the mend.
 
-    JobSpec ── model ── files ── rows (tokenizer of the model) ── capacity ── choices.py ──> RunSpec, DatasetReport
+    JobSpec ── model ── files ── capacity ── rows (tokenizer of the model) ── choices.py ──> RunSpec, DatasetReport
+
+`consider` is all of it that needs no service, for plans (plan.py) as for jobs.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -22,8 +25,9 @@ from dpo_service.db.session import Database
 from dpo_service.errors import ClusterError, InvalidData, InvalidSpec, NotFound, Unavailable
 from dpo_service.jobs import choices
 from dpo_service.manifests.dataset import DatasetReport
+from dpo_service.planning.workload import Lengths
 from dpo_service.registry import files
-from dpo_service.registry.models import resolve
+from dpo_service.registry.models import ModelFacts, resolve
 from dpo_service.registry.tables import File
 from dpo_service.rows.balance import imbalance
 from dpo_service.rows.check import MIN_ROWS, examine, require_rows
@@ -51,11 +55,26 @@ TAKES = {"pairs": "dpo", "answers": "supervised", "unpaired": "kto"}
 """A method for each kind of file."""
 
 
+Place = Callable[[File], Path]
+"""Where a file's content lies."""
+
+
+@dataclass(frozen=True)
+class Considered:
+    """A job that can run, and what was learned of it on the way."""
+
+    run: RunSpec
+    report: DatasetReport
+    lengths: Lengths
+    """Of the rows to train on."""
+
+
 @dataclass(frozen=True)
 class _Usable:
     report: DatasetReport
     train_rows: int
     """Rows left to train on, without those held out for validation."""
+    lengths: Lengths
 
 
 async def admit(
@@ -77,15 +96,30 @@ async def admit(
     """
     _require_trackers(spec)
     model = await resolve(spec.model, database=database, store=store, settings=settings)
-    training = await _file(spec, "training_file", spec.training_file, database, clock)
-    validation = None
-    if spec.validation_file is not None:
-        validation = await _file(spec, "validation_file", spec.validation_file, database, clock)
-    max_length = choices.max_length(spec, model.max_length)
+    training, validation = await files_of(spec, database, clock)
+    choices.max_length(spec, model.max_length)
     _require_capacity(spec.resources, await _capacity(cluster))
-    tokenizer = await asyncio.to_thread(Tokenizer.load, model.directory)
-    seed = choices.seed(spec)
-    admissible = await asyncio.to_thread(_check_rows, spec, training, validation, store, tokenizer, max_length, seed)
+    found = await asyncio.to_thread(consider, spec, model, training, validation, lambda file: store.path(file.key))
+    return found.run, found.report
+
+
+async def files_of(spec: JobSpec, database: Database, clock: Clock | None = None) -> tuple[File, File | None]:
+    """The training and the validation file. Raises InvalidSpec where one is not there or not of the kind."""
+    training = await _file(spec, "training_file", spec.training_file, database, clock)
+    if spec.validation_file is None:
+        return training, None
+    return training, await _file(spec, "validation_file", spec.validation_file, database, clock)
+
+
+def consider(spec: JobSpec, model: ModelFacts, training: File, validation: File | None, place: Place) -> Considered:
+    """The job with every number decided, from its model and files, read whole.
+
+    Raises:
+        InvalidSpec, InvalidData: the job cannot run; `param` names the field.
+    """
+    max_length = choices.max_length(spec, model.max_length)
+    tokenizer, seed = Tokenizer.load(model.directory), choices.seed(spec)
+    admissible = _check_rows(spec, training, validation, place, tokenizer, max_length, seed)
     run = choices.decide(
         spec,
         job_id=ids.new_job_id(),
@@ -98,7 +132,7 @@ async def admit(
         router_coef=model.router_coef,
         seed=seed,
     )
-    return run, _with_balance(admissible.report, run)
+    return Considered(run, _with_balance(admissible.report, run), admissible.lengths)
 
 
 def _with_balance(report: DatasetReport, run: RunSpec) -> DatasetReport:
@@ -142,7 +176,7 @@ def _check_rows(
     spec: JobSpec,
     training: File,
     validation: File | None,
-    store: Store,
+    place: Place,
     tokenizer: Tokenizer,
     max_length: int,
     seed: int,
@@ -152,7 +186,7 @@ def _check_rows(
     def read(param: str, file: File) -> tuple[Facts, Format]:
         with _blaming(param):
             return examine(
-                store.path(file.key),
+                place(file),
                 file.name,
                 rows=spec.method.row.rows,
                 tokenizer=tokenizer,
@@ -176,7 +210,8 @@ def _check_rows(
         if held is not None:
             with _blaming("validation_file"):
                 mismatched_rows(held["prompt"][held["reason"] == 0], seed)
-    return _Usable(made, made.kept - int(held_out.sum()))
+    train_rows = made.kept - int(held_out.sum())
+    return _Usable(made, train_rows, Lengths.of(facts, train_rows))
 
 
 def _require_mismatches(facts: Facts, held_out: Mask, seed: int) -> None:

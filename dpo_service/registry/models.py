@@ -61,15 +61,15 @@ async def resolve(name: str, *, database: Database, store: Store, settings: Sett
         published = await session.get(PublishedModel, name)
     if published is not None:
         source = ModelSource(name=name, key=published.key)
-        return await _facts(source, store.path(published.key), digest=published.digest)
+        return await facts_of(source, store.path(published.key), digest=published.digest)
     directory = await asyncio.to_thread(_local_directory, name, store, settings)
     if directory is not None:
-        return await _facts(ModelSource(name=name, path=str(directory)), directory)
+        return await facts_of(ModelSource(name=name, path=str(directory)), directory)
     looked = [f"published models, {store.path(paths.user_model(''))}, and directories in the allowed roots"]
     if HUB_ID.fullmatch(name):
         if settings.hub and not hub.offline():
             snapshot = await hub.fetch_description(name)
-            return await _facts(ModelSource(name=name, hub=name), snapshot, weights_here=False)
+            return await facts_of(ModelSource(name=name, hub=name), snapshot, weights_here=False)
         looked.append("the hub is turned off (DPO_HUB, HF_HUB_OFFLINE)")
     raise ModelNotFound(
         f"there is no model {name!r} (looked in {'; '.join(looked)}). {await _what_there_is(database, store)}",
@@ -77,7 +77,7 @@ async def resolve(name: str, *, database: Database, store: Store, settings: Sett
     )
 
 
-async def _facts(
+async def facts_of(
     source: ModelSource, directory: Path, *, digest: str | None = None, weights_here: bool = True
 ) -> ModelFacts:
     found = await asyncio.to_thread(inspect, directory, source.name, weights_here=weights_here)

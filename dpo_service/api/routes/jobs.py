@@ -23,10 +23,13 @@ from dpo_service.api.schemas.jobs import (
     JobList,
     JobObject,
 )
+from dpo_service.api.schemas.plans import PlanObject
 from dpo_service.errors import UserError
 from dpo_service.jobs import cancel, pause, repository, submit
 from dpo_service.jobs.admit import admit
+from dpo_service.jobs.plan import plan_job
 from dpo_service.jobs.tables import Job
+from dpo_service.planning.gpus import DEVICES
 from dpo_service.registry import files, models
 from dpo_service.specs.job import JobSpec
 
@@ -91,6 +94,27 @@ async def _create(services: Services, once: idempotency.Once, spec: JobSpec) -> 
         return job.id, JobObject.of(job).model_dump(mode="json")
 
     return await idempotency.make(services, once, insert)
+
+
+@router.post("/plan", responses=docs(404, 413, 502, 503))
+async def plan(
+    spec: JobSpec,
+    services: ServicesDep,
+    gpu: Annotated[str | None, Query(max_length=64, description=f"One of {', '.join(DEVICES)}")] = None,
+    gpus: Annotated[int | None, Query(ge=1, le=1024, description="How many, in the place of the job's workers")] = None,
+) -> PlanObject:
+    """Check a job as if it were created, make nothing, and say what it would need and take on a device that need not
+    be there. Without `gpu`: an H100 where the job asks for GPUs, else this machine's CPUs."""
+    planned = await plan_job(
+        spec,
+        gpu=gpu,
+        gpus=gpus,
+        database=services.database,
+        store=services.store,
+        settings=services.settings,
+        clock=services.clock,
+    )
+    return PlanObject.of(planned)
 
 
 @router.get("", responses=docs(), openapi_extra=METADATA_DOCS)

@@ -120,7 +120,7 @@ class JobObject(Wire):
             suffix=spec.suffix,
             deploy=spec.deploy,
             output_model=run.output_model,
-            run=_run(run),
+            run=shown_run(run),
             reference_digest=job.reference_digest,
             progress=_progress(job),
             dataset=_some(job.dataset, DATASET_FIELDS) if job.dataset else None,
@@ -140,7 +140,7 @@ def _hyperparameters(spec: JobSpec, run: RunSpec) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in LossSpec.model_fields or name in decided}
 
 
-def _run(run: RunSpec) -> dict[str, Any]:
+def shown_run(run: RunSpec) -> dict[str, Any]:
     """The run without where things lie on our disks."""
     values = run.model_dump(mode="json")
     return _some(values, RUN_FIELDS) | {"data": _some(values["data"], DATA_FIELDS)}

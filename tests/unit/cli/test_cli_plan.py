@@ -1,0 +1,65 @@
+"""`dpo plan`, on this machine and through a service."""
+
+import json
+
+import pytest
+
+from dpo_service.cli.app import run
+from dpo_service.cli.exits import ExitCode
+from tests.models import save_tokenizer
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path):
+    directory = tmp_path / "model"
+    save_tokenizer(directory)
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    (directory / "model.safetensors").write_bytes(b"the weights are not read")
+    return str(directory)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    rows = [{"prompt": f"{n}?", "chosen": "yes " * n, "rejected": "no"} for n in range(1, 40)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_job_that_fits_is_shown_with_its_parts_and_hours(model, pairs, capsys):
+    assert run(["plan", pairs, "--model", model, "--gpu", "B200"]) == ExitCode.OK
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("8.03B parameters", "on 1 x B200", "optimizer", "fits in", "GPU-hours", "A100-40 no"):
+        assert text in shown, text
+
+
+def test_one_that_does_not_fit_is_refused_with_what_would(model, pairs, capsys):
+    assert run(["plan", pairs, "--model", model, "--gpu", "H100-80", "--json"]) == ExitCode.REFUSED
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["fixes"]
+    assert run(["plan", pairs, "--model", model, "--gpu", "H100-80"]) == ExitCode.REFUSED
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "does not fit" in shown
+    assert "it fits if you train a LoRA adapter" in shown
+    settings = ["--set", "lora.rank=16"]
+    assert run(["plan", pairs, "--model", model, "--gpu", "H100-80", *settings]) == ExitCode.OK
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--gpu", "V100"], "H100-80"),
+        (["--model", "no/where/at/all"], "--url"),
+        (["--set", "max_length=9000"], "8,192"),
+        (["--set", "learning_rates=1"], "learning_rates"),
+    ],
+)
+def test_what_a_service_would_refuse_is_refused_here(model, pairs, changed, said, capsys):
+    assert run(["plan", pairs, "--model", model, *changed]) == ExitCode.REFUSED
+    assert said in capsys.readouterr().err
