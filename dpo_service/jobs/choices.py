@@ -8,6 +8,7 @@ max_length      what the model allows, at most 1024
 router loss     the weight that the model's configuration gives it
 precision       float32 on CPUs, bfloat16 on GPUs
 checkpointing   of activations: off on CPUs; on GPUs on where the longest micro-batch would keep over 16 GB of them
+strategy        ddp
 reference       cached, where the method has one; live, where it is refreshed
 beta and such   what the loss's authors use (specs/loss.py)
 seed            drawn
@@ -201,9 +202,7 @@ def _activation_checkpointing(spec: JobSpec, batch: BatchSpec, length: int, laye
 
 
 def _resources(spec: JobSpec) -> ResourceSpec:
-    if spec.resources.strategy == "fsdp":
-        raise InvalidSpec("strategy 'fsdp' cannot be had; use 'ddp' or 'auto'", param="resources.strategy")
-    return spec.resources.model_copy(update={"strategy": "ddp"})
+    return spec.resources.model_copy(update={"strategy": chosen_or(spec.resources.strategy, "ddp")})
 
 
 def _router(spec: JobSpec, own: float | None) -> float:

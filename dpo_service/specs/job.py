@@ -105,6 +105,8 @@ class JobSpec(Spec):
             raise ValueError(f"method {self.method.type!r} has no reference; remove `reference`")
         if self.reference_refresh is not None:
             self._can_refresh()
+        if self.resources.strategy == "fsdp":
+            self._can_shard()
         if self.checkpoint.keep_best:
             self._can_keep_best()
         if self.eval.every_steps is not None and self.validation_file is None and self.eval.split == 0:
@@ -124,6 +126,23 @@ class JobSpec(Spec):
             raise ValueError(
                 "reference_refresh.alpha below 1 mixes the policy into a reference of pure bfloat16, which rounds "
                 "small shares away; set alpha to 1, or precision to bfloat16"
+            )
+
+    def _can_shard(self) -> None:
+        if self.resources.workers == 1:
+            raise ValueError(
+                "resources.strategy 'fsdp' spreads a model over workers; set resources.workers to 2 or more, "
+                "or use 'ddp'"
+            )
+        if self.precision == "pure_bfloat16" or self.optimizer != "adamw":
+            raise ValueError(
+                "resources.strategy 'fsdp' takes precision float32 or bfloat16 and optimizer adamw; "
+                "set these, or use 'ddp'"
+            )
+        if self.reference_refresh is not None:
+            raise ValueError(
+                "reference_refresh keeps the reference's weights whole, which resources.strategy 'fsdp' does not; "
+                "remove reference_refresh, or use 'ddp'"
             )
 
     def _can_keep_best(self) -> None:

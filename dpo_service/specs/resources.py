@@ -16,4 +16,4 @@ class ResourceSpec(Spec):
     """0 trains on the CPU (gloo), 1 on a GPU (nccl)."""
     cpus_per_worker: Annotated[int, Field(ge=1, le=256)] = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """ddp: every worker holds the whole model; fsdp: each holds a share of weights, gradients and optimizer."""
+    """ddp: every worker holds the whole model; fsdp: each holds a share of its weights, gradients and optimizer."""

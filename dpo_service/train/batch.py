@@ -83,7 +83,8 @@ class MicroBatch:
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> MicroBatch:
-        return self._moved(Tensor.pin_memory)
+        nested = self.mismatched.pinned() if self.mismatched is not None else None
+        return replace(self._moved(Tensor.pin_memory), mismatched=nested)
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> MicroBatch:
         tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}

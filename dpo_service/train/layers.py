@@ -42,7 +42,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     if not layers:
         raise TrainingError(
             f"{type(model).__name__} has no decoder layers that transformers marks as such; "
-            "set activation_checkpointing and compile to false"
+            "set activation_checkpointing and compile to false, and resources.strategy to ddp"
         )
     return layers
 

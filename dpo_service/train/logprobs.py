@@ -8,6 +8,7 @@ Hidden states reach the output head only where a completion token is predicted; 
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,15 @@ def completion_logps(
     tokens at a time, by default as many as `head.CHUNK_LOGITS` allows. `aligned` asks for `aligned_S`,
     `routed` for `router_loss`.
     """
+    compute = getattr(model, "_dpo_logps", None) or partial(computed_logps, model)
+    completions: Completions = compute(batch, chunk=chunk, aligned=aligned, routed=routed)
+    return completions
+
+
+def computed_logps(
+    model: nn.Module, batch: MicroBatch, *, chunk: int | None, aligned: bool, routed: bool
+) -> Completions:
+    """`completion_logps` of a model whose weights are all here; a sharded one gathers them around it (`sharding`)."""
     batch = batch if packs(model) else padded(batch)
     head = split_head(model)
     options: dict[str, Any] = {"output_router_logits": True} if routed else {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dpo_service.specs.optim import LrSchedule, OptimSpec
 from dpo_service.train.optimizers import CompactAdamW, OffloadedAdamW
+from dpo_service.train.ranks import share_of, whole
 
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
@@ -78,6 +79,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     """Scale the gradients so that their global norm is at most `max_norm`; returns the norm before, a scalar."""
     trained = list(parameters)
     norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    norm = whole(norm)
     nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
     return norm
 
@@ -93,11 +95,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, on the parameters' devices, or where the optimizer keeps its state (step
-    counts stay on the CPU)."""
+    """Put back what `optimizer_tensors` gave, where the parameters lie, or where the optimizer keeps its state (step
+    counts on the CPU, unless it is fused)."""
     parameters = trained_parameters(model)
+    fused = all(group.get("fused") for group in optimizer.param_groups)
     for key, value in tensors.items():
         name, slot = key.rsplit("|", 1)
         parameter = parameters[name]
-        home = torch.device("cpu") if slot == "step" else getattr(optimizer, "home", parameter.device)
-        optimizer.state[parameter][slot] = value.to(home, copy=True)
+        if slot == "step" and not fused:
+            optimizer.state[parameter][slot] = value.clone()
+        elif hasattr(optimizer, "home"):
+            optimizer.state[parameter][slot] = value.to(optimizer.home, copy=True)
+        else:
+            optimizer.state[parameter][slot] = share_of(value, parameter)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 CPU = torch.device("cpu")
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -51,11 +52,13 @@ class Ranks:
         """Sum gradients over ranks in place, float32, in buckets.
 
         A sum and not a mean, because each rank's loss is already divided by the whole step's rows. A rank that had no
-        rows in this step takes part with zeros.
+        rows in this step takes part with zeros. Those of a sharded model are summed already.
         """
         if self.world == 1:
             return
-        trained = list(parameters)
+        trained = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        if not trained:
+            return
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -69,6 +72,18 @@ class Ranks:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, on every rank (all must ask); another tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def share_of(value: Tensor, like: Tensor) -> Tensor:
+    """A copy of `value`, the same on every rank, where and as `like` lies: on its device, and sharded as it is."""
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value.to(like.device, copy=True)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:

@@ -71,11 +71,11 @@ class LiveReference:
 
 
 def build_reference(
-    mode: str, policy: Any, model_dir: Path, precision: str, device: torch.device, ld_alpha: float = 1.0
+    mode: str, policy: Any, frozen_copy: Callable[[], Any], precision: str, ld_alpha: float = 1.0
 ) -> Reference:
     """`mode` as in ReferenceSpec, `ld_alpha` as in LossSpec.
 
-    The frozen copy is loaded from the job's own start, never from resumed weights.
+    `frozen_copy` loads the job's own start, never resumed weights.
     """
     if mode == "none":
         return no_reference
@@ -83,7 +83,7 @@ def build_reference(
         return cached_reference
     if base_of(policy) is not policy:
         return LiveReference(policy, precision, ld_alpha)
-    return LiveReference(load_model(model_dir, device, precision).requires_grad_(False), precision, ld_alpha)
+    return LiveReference(frozen_copy(), precision, ld_alpha)
 
 
 class ReferenceScorer:

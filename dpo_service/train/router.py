@@ -37,7 +37,9 @@ def router_loss(model: nn.Module, router_logits: Any, batch: MicroBatch) -> Tens
 
 
 def _function(model: nn.Module) -> Any:
-    return getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    # Of the base classes too: a sharded model's own class is FSDP's.
+    modules = (sys.modules[kind.__module__] for kind in type(model).__mro__)
+    return next((found for module in modules if (found := getattr(module, "load_balancing_loss_func", None))), None)
 
 
 def _counted(batch: MicroBatch) -> Tensor | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dpo_service.checkpoint import state as files
 from dpo_service.checkpoint.format import ADAPTER, MODEL, STATE
@@ -31,6 +32,7 @@ from dpo_service.train.policy import (
     load_model,
     merged_state,
 )
+from dpo_service.train.ranks import whole
 from dpo_service.train.step import TrainState
 
 EXPORT_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "pure_bfloat16": torch.bfloat16}
@@ -53,29 +55,45 @@ class Snapshot:
 
 @torch.no_grad()
 def snapshot(state: TrainState) -> Snapshot | None:
-    """The state as it is now. To be called on every rank; None on all but the first."""
-    if not state.ranks.first:
+    """The state as it is now. To be called on every rank; None on all but the first.
+
+    What is sharded is gathered a tensor at a time, and only the first rank keeps it.
+    """
+    parameters, keep = trained_parameters(state.policy), state.ranks.first
+    if not keep and not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
         return None
-    parameters = trained_parameters(state.policy)
-    trained = _to_host(parameters)
-    copied = {parameter.data_ptr(): trained[name] for name, parameter in parameters.items()}
-    model = {name: copied.get(tensor.data_ptr(), tensor) for name, tensor in merged_state(state.policy).items()}
-    optimizer = _to_host(optimizer_tensors(state.optimizer, state.policy))
+    trained = _to_host(parameters, keep)
+    names = {_place(parameter): name for name, parameter in parameters.items()}
+    merged = merged_state(state.policy)
     # What is not trained does not change, so on a CPU it need not be copied.
-    model |= _to_host({name: tensor for name, tensor in model.items() if tensor.device.type != "cpu"})
-    reference = _to_host(state.moving.weights if state.moving else {})
+    moved = {name: t for name, t in merged.items() if isinstance(t, DTensor) or t.device.type != "cpu"}
+    model = merged | _to_host({name: t for name, t in moved.items() if _place(t) not in names}, keep)
+    optimizer = _to_host(optimizer_tensors(state.optimizer, state.policy), keep)
+    reference = _to_host(state.moving.weights if state.moving else {}, keep)
+    if not keep:
+        return None
+    model |= {name: trained[names[_place(t)]] for name, t in merged.items() if _place(t) in names}
     if state.ranks.device.type == "cuda":
         torch.cuda.synchronize(state.ranks.device)
     return Snapshot(state.policy, model, trained, optimizer, reference)
 
 
-def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory. From a GPU they go through pinned memory, all at once, and are there when it has been
-    synchronised with."""
-    return {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)
-        for name, tensor in tensors.items()
-    }
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where it lies: the same for two names of one tensor. Storage, because an empty share has no address."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().data_ptr(), int(local.storage_offset())
+
+
+def _to_host(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Copies in host memory, if they are to be kept. From a GPU they go through pinned memory, all at once, and are
+    there when it has been synchronised with."""
+    host: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        source = whole(tensor)
+        if keep:
+            copied = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            host[name] = copied.copy_(source, non_blocking=True)
+    return host
 
 
 def write(directory: Path, taken: Snapshot, run: RunSpec, model_dir: Path, counters: dict[str, Any]) -> None:

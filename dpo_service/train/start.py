@@ -9,8 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dpo_service.checkpoint.load import Checkpoint, newest_valid, opened
 from dpo_service.errors import CheckpointError, TrainingError
 from dpo_service.manifests.dataset import DatasetManifest
@@ -20,11 +18,12 @@ from dpo_service.train import saving
 from dpo_service.train.layers import prepare_layers
 from dpo_service.train.moving import MovingReference
 from dpo_service.train.optim import build_optimizer
-from dpo_service.train.policy import base_of
-from dpo_service.train.ranks import Ranks
+from dpo_service.train.policy import base_of, load_model
+from dpo_service.train.ranks import CPU, Ranks
 from dpo_service.train.reference import Reference, build_reference
 from dpo_service.train.router import require_router
 from dpo_service.train.rows import RowTable
+from dpo_service.train.sharding import shard
 from dpo_service.train.step import TrainState
 
 
@@ -47,11 +46,14 @@ def build_state(
         CheckpointError: the checkpoint was trained against another reference.
         TrainingError: the job asks of the model what it has not.
     """
-    policy = saving.load_policy(run, model_dir, checkpoint, ranks.device)
+    sharded = run.resources.strategy == "fsdp" and ranks.world > 1
+    policy = saving.load_policy(run, model_dir, checkpoint, CPU if sharded else ranks.device)
     prepare_layers(policy, run)
     if run.router_aux_loss_coef:
         require_router(base_of(policy))
-    reference = _reference(run, policy, model_dir, ranks.device)
+    if sharded:
+        shard(base_of(policy), ranks, run.precision)
+    reference = _reference(run, policy, model_dir, ranks, sharded)
     state = TrainState(run, policy, reference, build_optimizer(policy, run.optim, run.seed), ranks, total_steps)
     if checkpoint is not None:
         saving.restore_optimizer(state, checkpoint)
@@ -59,10 +61,15 @@ def build_state(
     return state
 
 
-def _reference(run: RunSpec, policy: Any, model_dir: Path, device: torch.device) -> Reference:
+def _reference(run: RunSpec, policy: Any, model_dir: Path, ranks: Ranks, sharded: bool) -> Reference:
     if run.reference.refresh is not None:
         return MovingReference(policy, model_dir, run.reference.refresh, run.precision, run.loss.ld_alpha)
-    return build_reference(run.reference.mode, policy, model_dir, run.precision, device, run.loss.ld_alpha)
+
+    def frozen_copy() -> Any:
+        model = load_model(model_dir, CPU if sharded else ranks.device, run.precision).requires_grad_(False)
+        return shard(model, ranks, run.precision) if sharded else model
+
+    return build_reference(run.reference.mode, policy, frozen_copy, run.precision, run.loss.ld_alpha)
 
 
 def counters_of(checkpoint: Checkpoint, dataset: DatasetManifest, base_digest: str) -> dict[str, Any]:

@@ -87,6 +87,7 @@ async def test_every_number_left_open_is_decided(ready: World) -> None:
     assert (run.data.max_length, run.precision, run.reference.mode) == (256, "float32", "cached")
     assert run.optim.learning_rate == 5e-6
     assert run.model.path == str(ready.store.path(paths.user_model("base")))
+    assert run.resources.strategy == "ddp"
     assert run.output_model == ids.fine_tuned_model_id("base", None, run.job_id)
     assert "auto" not in run.model_dump_json()
 
