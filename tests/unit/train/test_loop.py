@@ -12,11 +12,13 @@ from dpo_service.errors import CheckpointError, NonFiniteLoss, TrainingError
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.specs.method import RefreshSpec
 from dpo_service.storage import paths
+from dpo_service.train import loop
 from dpo_service.train.batch import collate
 from dpo_service.train.logprobs import completion_logps
 from dpo_service.train.policy import load_model
 from dpo_service.train.rows import RowTable
-from tests.unit.train.training_kit import Recorder, build_model, make_job, same, weights
+from dpo_service.train.step import train_step
+from tests.unit.train.training_kit import Recorder, build_model, make_job, random_rows, same, weights
 
 KINDS = {
     "dpo-cached": {},
@@ -75,6 +77,31 @@ def test_resumed_run_is_the_unbroken_one_bit_for_bit(tmp_path, model_dir, kind):
         assert (again.steps, again.trained_tokens) == (outcome.steps, outcome.trained_tokens)
         for left, right in zip(weights(whole), weights(job), strict=True):
             assert same(left, right)
+
+
+def test_killed_at_any_step_every_row_is_seen_once_an_epoch(tmp_path, model_dir, monkeypatch):
+    """Rows are known by their prompt, one token that is nowhere else."""
+    columns = random_rows(32)
+    columns["prompt"] = [[4 + row] for row in range(32)]
+    for name in ("chosen", "rejected"):
+        columns[name] = [[40 + token % 200 for token in ids] for ids in columns[name]]
+    trained: dict[int, list[int]] = {}
+
+    def recording(state, step, batches, divisor):
+        rows = [int(id) - 4 for batch in batches for id in batch.input_ids_BL.flatten() if 4 <= id < 36]
+        assert trained.setdefault(step, rows) == rows
+        return train_step(state, step, batches, divisor)
+
+    monkeypatch.setattr(loop, "train_step", recording)
+    for killed in range(1, 8):
+        job = make_job(tmp_path / str(killed), model_dir, columns=columns, validation=0, steps=8, save_every_steps=3)
+        with pytest.raises(Killed):
+            job.train(stop=killed_at(killed))
+        assert list(trained) == list(range(killed))
+        job.train()
+        for epoch in (range(4), range(4, 8)):
+            assert sorted(row for step in epoch for row in trained[step]) == list(range(32))
+        trained.clear()
 
 
 def test_dpo_learns_and_reports_what_trl_reports(tmp_path, model_dir):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from dpo_service.checkpoint.load import newest_valid
 from dpo_service.specs.adapter import LoraSpec
+from dpo_service.specs.method import RefreshSpec
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.storage.store import Store
 from dpo_service.train.ranks import Ranks
@@ -24,6 +25,7 @@ LORA = LoraSpec(rank=4)
 KINDS = {
     "ddp": {"resources": DDP, "reference": "live", "micro_batch_size": 2},
     "ddp-lora": {"resources": DDP, "reference": "live", "lora": LORA},
+    "ddp-refresh": {"resources": DDP, "reference": "live", "refresh": RefreshSpec(every_steps=1, alpha=0.5)},
     "ddp-kto": {"resources": DDP, "reference": "live", "loss": "kto", "micro_batch_size": 2},
     "fsdp": {"resources": FSDP, "micro_batch_size": 1},
     "fsdp-live": {"resources": FSDP, "reference": "live", "activation_checkpointing": True},
@@ -31,7 +33,7 @@ KINDS = {
     "fsdp-kto": {"resources": FSDP, "reference": "live", "loss": "kto", "micro_batch_size": 1},
     "fsdp-sft": {"resources": FSDP, "loss": "sft", "micro_batch_size": 1},
 }
-RESUMED = ("ddp-lora", "fsdp", "fsdp-lora")
+RESUMED = ("ddp-lora", "ddp-refresh", "fsdp", "fsdp-lora")
 OPTIONS = {"batch_size": 7, "steps": 4, "save_every_steps": 2}
 """Batches of 7, so that the ranks' shares differ: with one row a micro-batch, a sharded rank computes a blank one."""
 
