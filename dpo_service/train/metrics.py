@@ -22,7 +22,7 @@ from dpo_service.train.batch import MicroBatch
 from dpo_service.train.logprobs import Completions
 from dpo_service.train.losses import DIVISOR, LossInputs, rewards
 
-_COMMON = ("loss", "rows", "answer_tokens", "tokens", "truncated", "places", "padding", "flops")
+_COMMON = ("loss", "rows", "answer_tokens", "tokens", "truncated", "places", "padding", "flops", "router_loss")
 _PAIRED = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")
 _LENGTHS = ("displaced", "gap", "gap_gap", "margin_margin", "gap_margin")
 _SIDES = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
@@ -83,6 +83,7 @@ def of_batch(
         "answer_tokens": inputs.chosen_tokens_P.sum(),
         "tokens": batch.tokens,
         "truncated": batch.truncated,
+        "router_loss": 0.0 if completions.router_loss is None else completions.router_loss * batch.rows,
     }
     if inputs.label_P is not None:
         return {**sums, **_of_unpaired(inputs, inputs.label_P, spec)}
@@ -152,6 +153,8 @@ def means(sums: Mapping[str, float], loss: LossName) -> dict[str, float]:
         "truncated_share": sums["truncated"] / rows,
         "padding_share": sums["padding"] / sums["places"],
     }
+    if sums["router_loss"]:
+        result["router_loss"] = sums["router_loss"] / rows
     if "correct" in sums:
         return {**result, "mean_token_accuracy": sums["correct"] / sums["answer_tokens"]}
     if "desirable" in sums:

@@ -86,11 +86,12 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 def _visible(row: Tokens, window: int | None) -> Callable[..., Tensor]:
     """Whether one token sees another, by their places in the row."""
+    pair_T, part_T, position_T = row
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        before = (key <= query) & (row.pair_T[key] == row.pair_T[query])
-        sees = before & ~((row.part_T[query] == REJECTED) & (row.part_T[key] == CHOSEN))
-        return sees if window is None else sees & (row.position_T[query] - row.position_T[key] < window)
+        before = (key <= query) & (pair_T[key] == pair_T[query])
+        sees = before & ~((part_T[query] == REJECTED) & (part_T[key] == CHOSEN))
+        return sees if window is None else sees & (position_T[query] - position_T[key] < window)
 
     return visible
 

@@ -17,6 +17,7 @@ from dpo_service.train.logprobs import completion_logps, packs, padded_because, 
 from dpo_service.train.policy import base_of, load_model
 from dpo_service.train.rows import Example
 from tests.unit.train.families import PACKED, PADDED, TINY, family
+from tests.unit.train.training_kit import VOCAB, Recorder, build_model, make_job
 
 _ids = st.lists(st.integers(0, TINY["vocab_size"] - 1), min_size=1, max_size=12)
 _pairs = st.lists(st.builds(Example, prompt=_ids, chosen=_ids, rejected=_ids), min_size=1, max_size=4)
@@ -201,6 +202,16 @@ def test_a_padded_model_learns_the_same_from_a_pair_beside_others():
     first, second = random_pairs(2)
     together = completion_logps(model, collate([first, second])).logps_S
     assert torch.allclose(together[[0, 2]], completion_logps(model, collate([first])).logps_S, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_says_why_its_model_is_computed_padded_and_learns(tmp_path):
+    directory = build_model(tmp_path / "model")
+    family("qwen3_next", PADDED["qwen3_next"] | {"vocab_size": VOCAB}).save_pretrained(directory)
+    recorder = Recorder()
+    job = make_job(tmp_path, directory, reference="live", rows=8, batch_size=8, steps=4, validation=0, shuffle=False)
+    job.train(reports=recorder)
+    assert any("computed padded" in text and "not give the same result" in text for text in recorder.messages)
+    assert recorder.losses()[-1] < recorder.losses()[0]
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])

@@ -41,6 +41,19 @@ def test_flex_equals_the_plain_computation(flex_on_cpu, asked):
     assert_equal(row, flex.attend(*row.states, row.layout, scaling=None, **asked), plain(row, **asked))
 
 
+def test_flex_is_traced_but_twice_for_rows_of_many_lengths():
+    """Once as it is, once with the length left open; each trace is a compilation on CUDA."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    traced = torch.compile(torch_flex.flex_attention, backend="eager")
+    for seed in range(5):
+        row = random_row(seed)
+        states, mask = [tensor.detach() for tensor in row.states], flex.block_mask(row.layout, None)
+        found = traced(*states, block_mask=mask, enable_gqa=True)
+        assert torch.allclose(found.transpose(1, 2), plain(row), rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 @pytest.mark.parametrize("window", [None, 1, 30, 200])
 @pytest.mark.parametrize("seed", range(12))
 def test_blocks_hold_all_that_is_seen(seed, window):

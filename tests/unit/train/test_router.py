@@ -110,6 +110,9 @@ def test_a_run_adds_it_to_its_loss_by_share(tmp_path, mixture_dir, loss):
     plain, routed = (recorder.losses()[0] for recorder in recorders)
     expected = _mean_router_loss(job)
     assert routed - plain == pytest.approx(0.5 * expected, rel=1e-3)
+    if loss == "sigmoid":
+        assert recorders[1].values["train", 1]["router_loss"] == pytest.approx(expected, rel=1e-5)
+    assert "router_loss" not in recorders[0].values["train", 1]
 
 
 def _mean_router_loss(job):
