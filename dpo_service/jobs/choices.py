@@ -9,7 +9,7 @@ router loss     the weight that the model's configuration gives it
 precision       float32 on CPUs, bfloat16 on GPUs
 checkpointing   of activations: off on CPUs; on GPUs on where the longest micro-batch would keep over 16 GB of them
 strategy        ddp
-reference       cached, where the method has one; live, where it is refreshed
+reference       cached, where the method has one; live where it is refreshed or the base is quantised
 beta and such   what the loss's authors use (specs/loss.py)
 seed            drawn
 """
@@ -169,7 +169,7 @@ def _reference(spec: JobSpec) -> Literal["cached", "live", "none"]:
     if spec.method.row.reference == "none":
         return "none"
     if spec.reference == "auto":
-        return "live" if spec.reference_refresh else "cached"
+        return "live" if spec.reference_refresh or (spec.lora and spec.lora.quantize != "none") else "cached"
     return spec.reference
 
 

@@ -107,11 +107,24 @@ class JobSpec(Spec):
             self._can_refresh()
         if self.resources.strategy == "fsdp":
             self._can_shard()
+        if self.lora is not None and self.lora.quantize != "none":
+            self._can_quantize()
         if self.checkpoint.keep_best:
             self._can_keep_best()
         if self.eval.every_steps is not None and self.validation_file is None and self.eval.split == 0:
             raise ValueError("eval.every_steps needs rows to evaluate on; give validation_file or eval.split")
         return self
+
+    def _can_quantize(self) -> None:
+        if not self.resources.gpus_per_worker:
+            raise ValueError(
+                "lora.quantize computes on GPUs only; set resources.gpus_per_worker to 1, or lora.quantize to none"
+            )
+        if self.reference == "cached":
+            raise ValueError(
+                "lora.quantize changes the base model, and the reference is that base: a cached one would be the model "
+                "before; remove `reference`, or set it to live"
+            )
 
     def _can_refresh(self) -> None:
         if self.method.row.reference == "none":
@@ -138,6 +151,11 @@ class JobSpec(Spec):
             raise ValueError(
                 "resources.strategy 'fsdp' takes precision float32 or bfloat16 and optimizer adamw; "
                 "set these, or use 'ddp'"
+            )
+        if self.lora is not None and (self.lora.dora or self.lora.quantize != "none"):
+            raise ValueError(
+                "lora.dora and lora.quantize need whole weights, which resources.strategy 'fsdp' does not keep; "
+                "remove them, or use 'ddp'"
             )
         if self.reference_refresh is not None:
             raise ValueError(

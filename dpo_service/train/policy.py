@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,13 +32,17 @@ COPIED = (
 """What of a base model's directory its descendants keep: the tokenizer, its templates, how to generate."""
 
 
+_ADAPTERS_OR_SCALES = re.compile(r"\.lora_|\.weight\.")
+"""Of a state: what an adapter adds, and what bitsandbytes keeps beside a weight of 4 bits."""
 WEIGHT_DTYPE = {"float32": torch.float32, "bfloat16": torch.float32, "pure_bfloat16": torch.bfloat16}
 """What the weights are kept in while training; adapters are float32 always."""
 
 
-def load_model(path: Path, device: torch.device | str = "cpu", precision: str = "float32") -> Any:
+def load_model(
+    path: Path, device: torch.device | str = "cpu", precision: str = "float32", *, quantize: str = "none"
+) -> Any:
     """A causal language model in the weights' type of `precision`, without dropout, read straight onto `device`.
-    Safetensors only; no code from the model is run.
+    Safetensors only; no code from the model is run. `quantize` as in LoraSpec: linear layers but the head in 4 bits.
 
     Raises:
         TrainingError: transformers has no model of this kind of its own.
@@ -51,6 +56,7 @@ def load_model(path: Path, device: torch.device | str = "cpu", precision: str = 
         path,
         dtype=WEIGHT_DTYPE[precision],
         device_map={"": device},
+        quantization_config=_four_bits(precision) if quantize == "nf4" else None,
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
@@ -77,6 +83,18 @@ def _require_known(path: Path) -> None:
         raise TrainingError(f"{config.model_type!r} is no causal language model; use one that is")
 
 
+def _four_bits(precision: str) -> Any:
+    """Normal floats of 4 bits, their scales quantised too (arXiv:2305.14314, section 3)."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32 if precision == "float32" else torch.bfloat16,
+    )
+
+
 def add_adapter(model: Any, spec: LoraSpec, seed: int) -> Any:
     """`model` under a fresh LoRA adapter, the base frozen. The adapter's start is a function of `seed`."""
     from peft import LoraConfig, get_peft_model
@@ -86,6 +104,7 @@ def add_adapter(model: Any, spec: LoraSpec, seed: int) -> Any:
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
+        use_dora=spec.dora,
         target_modules=list(spec.target_modules) if spec.target_modules else "all-linear",
         task_type="CAUSAL_LM",
     )
@@ -126,20 +145,41 @@ def adapter_dropout(policy: nn.Module, seed: int) -> Iterator[None]:
 
 @torch.no_grad()
 def merged_state(policy: Any) -> dict[str, Tensor]:
-    """The weights by their names in the base model, adapters added in. The policy itself is not touched, because
-    merging and unmerging does not give back the same bits."""
+    """The weights by their names in the base model, adapters added in and 4 bits turned back into numbers. The policy
+    itself is not touched, because merging and unmerging does not give back the same bits."""
     base = base_of(policy)
     if base is policy:
         return dict(base.state_dict())
-    state = {
-        name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items() if ".lora_" not in name
-    }
+    plain = {name: tensor for name, tensor in base.state_dict().items() if not _ADAPTERS_OR_SCALES.search(name)}
+    state = {name.replace(".base_layer.", "."): tensor for name, tensor in plain.items()}
     for name, module in base.named_modules():
         if hasattr(module, "get_delta_weight"):
-            weight = module.get_base_layer().weight
-            delta = sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
-            state[f"{name}.weight"] = (weight + delta).to(weight.dtype)
+            state[f"{name}.weight"] = _merged_weight(module)
+        elif hasattr(getattr(module, "weight", None), "quant_state") and not name.endswith(".base_layer"):
+            state[f"{name}.weight"] = _as_numbers(module)
     return state
+
+
+def _merged_weight(module: Any) -> Tensor:
+    """W' = W + scale B A; with DoRA each row (of an output feature) is then given its trained length (arXiv 2402.09353,
+    eq. 5)."""
+    weight = _as_numbers(module.get_base_layer())
+    merged = weight
+    for adapter in module.active_adapters:
+        merged = merged + module.get_delta_weight(adapter)
+        if adapter in module.lora_magnitude_vector:
+            transposed = bool(getattr(module, "fan_in_fan_out", False))
+            lengths = torch.linalg.norm(merged, dim=0 if transposed else 1, keepdim=True)
+            merged = merged * (module.lora_magnitude_vector[adapter].weight.view_as(lengths) / lengths)
+    return merged.to(weight.dtype)
+
+
+def _as_numbers(layer: Any) -> Tensor:
+    """Its weight, out of 4 bits where it is kept so."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight: Tensor = dequantize_module_weight(layer)
+    return weight
 
 
 @torch.no_grad()
@@ -151,6 +191,8 @@ def export_model(policy: Any, state: dict[str, Tensor], base_dir: Path, director
     base = base_of(policy)
     config = copy.deepcopy(base.config)
     config.dtype = dtype
+    if hasattr(config, "quantization_config"):  # what is written is not quantised
+        del config.quantization_config
     with torch.device("meta"):
         shell = type(base)(config)
     shell.load_state_dict({name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}, assign=True)

@@ -112,7 +112,7 @@ def write(directory: Path, taken: Snapshot, run: RunSpec, model_dir: Path, count
 def load_policy(run: RunSpec, model_dir: Path, checkpoint: Checkpoint | None, device: torch.device) -> Any:
     """The policy as at the start of the run, or as `checkpoint` left it."""
     if run.lora is not None:
-        base = load_model(model_dir, device, run.precision)
+        base = load_model(model_dir, device, run.precision, quantize=run.lora.quantize)
         return load_adapter(base, checkpoint.adapter) if checkpoint else add_adapter(base, run.lora, run.seed)
     if checkpoint is None:
         return load_model(model_dir, device, run.precision)
