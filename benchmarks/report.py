@@ -38,6 +38,8 @@ def _besides(entry: dict[str, Any]) -> str:
         said.append(f"{entry['utilisation']:.0%} of torch.mm's {entry['mm_gigaflops']:.0f} GFLOP/s")
     if "largest_loss_difference" in entry:
         said.append(f"losses within {entry['largest_loss_difference']:.0e}")
+    if "largest_error" in entry:
+        said.append(f"planned memory within {entry['largest_error']:.0%} of measured, {len(entry['cases'])} settings")
     if "gain" in entry:
         said.append(", ".join(f"{name} {gain:.2f}x" for name, gain in entry["gain"].items() if name != "plain"))
     if "around_the_steps" in entry:

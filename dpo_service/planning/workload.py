@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ SAMPLED_STEPS = 64
 """Steps whose micro-batches are looked at: enough for a mean, little enough for a request."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lengths:
     """Tokens of each row to train on, [N] each; `rejected` is 0 where a row has one answer."""
 
@@ -85,6 +86,7 @@ def load_of(lengths: Lengths, rows: Sequence[int], *, packed: bool = True) -> Lo
     )
 
 
+@lru_cache(maxsize=16)
 def workload(
     lengths: Lengths, batch_size: int, workers: int, rows: int, tokens: int, *, packed: bool = True
 ) -> Workload:
