@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 OPTIMIZER, WEIGHTS = "optimizer.safetensors", "weights.safetensors"
@@ -23,6 +25,24 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(path))
+
+
+def share_name(whole: str, rank: int, world: int) -> str:
+    """The file of one rank's share of the tensors that `whole` would hold: optimizer-00002-of-00008.safetensors."""
+    stem, _, suffix = whole.partition(".")
+    return f"{stem}-{rank + 1:05d}-of-{world:05d}.{suffix}"
+
+
+def read_each(directory: Path, whole: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors by name, one in memory at a time: from the file `whole`, or put together from the ranks' shares of it,
+    which are cut along the first dimension."""
+    shares = sorted(directory.glob(share_name(whole, 0, 1).replace("00001", "?????")))
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(path, "pt")) for path in shares or [directory / whole]]
+        names = [set(file.keys()) for file in opened]
+        for name in opened[0].keys():  # noqa: SIM118 - not a mapping
+            parts = [file.get_tensor(name) for file, known in zip(opened, names, strict=True) if name in known]
+            yield name, parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

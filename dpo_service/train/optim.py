@@ -94,12 +94,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
     """Put back what `optimizer_tensors` gave, where the parameters lie, or where the optimizer keeps its state (step
     counts on the CPU, unless it is fused)."""
     parameters = trained_parameters(model)
     fused = all(group.get("fused") for group in optimizer.param_groups)
-    for key, value in tensors.items():
+    for key, value in tensors:
         name, slot = key.rsplit("|", 1)
         parameter = parameters[name]
         if slot == "step" and not fused:

@@ -79,6 +79,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def host_copy(tensor: Tensor) -> Tensor:
+    """In host memory. From a GPU it goes through pinned memory, and is there when the device has been waited for."""
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copied.copy_(tensor, non_blocking=True)
+
+
 def share_of(value: Tensor, like: Tensor) -> Tensor:
     """A copy of `value`, the same on every rank, where and as `like` lies: on its device, and sharded as it is."""
     if not isinstance(like, DTensor) or value.shape != like.shape:

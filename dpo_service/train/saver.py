@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
+import secrets
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -19,13 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo_service.checkpoint.format import CheckpointFacts, publish
+from dpo_service.checkpoint.format import STATE, CheckpointFacts, publish
 from dpo_service.checkpoint.load import Checkpoint
 from dpo_service.checkpoint.retention import prune, ranked
 from dpo_service.errors import CheckpointError
 from dpo_service.storage import paths
 from dpo_service.storage.store import Store
-from dpo_service.train import saving
+from dpo_service.train import saving, shares
 from dpo_service.train.journal import Reports
 from dpo_service.train.step import TrainState
 
@@ -49,6 +50,8 @@ class Saver:
         self._step = resumed.manifest.step if resumed else 0
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_be_nice)
         self._under_way: Future[None] | None = None
+        self._group = int(state.ranks.sum([float(secrets.randbits(52)) if state.ranks.first else 0.0])[0])
+        """Names this process group, so that files of one that was killed are not taken for its own."""
         self.newest: tuple[str, str] | None = (resumed.key, resumed.manifest.digest) if resumed else None
         """Storage key and digest of the last durable checkpoint; only rank 0 knows of those it has written."""
         self.every_steps = state.run.save_every_steps or max(1, round(state.total_steps / CHECKPOINTS_A_RUN))
@@ -62,11 +65,14 @@ class Saver:
         if self._step == step:
             return
         self.settle()
+        share = shares.take(self._state, masters=saving.has_masters(self._state.run))
         taken = saving.snapshot(self._state)
         if taken is not None:
             counters = copy.deepcopy({"step": step, **counters})
-            work = partial(self._publish, self._facts(step, epoch, dict(metrics)), taken, counters)
+            work = partial(self._publish, self._facts(step, epoch, dict(metrics)), taken, share, counters)
             self._under_way = self._thread.submit(work)
+        elif share is not None:
+            self._under_way = self._thread.submit(shares.write, share, self._meeting_place(step))
         self._step = step
 
     def settle(self) -> None:
@@ -109,11 +115,23 @@ class Saver:
             world_size=self._state.ranks.world,
         )
 
-    def _publish(self, facts: CheckpointFacts, taken: saving.Snapshot, counters: dict[str, Any]) -> None:
+    def _meeting_place(self, step: int) -> Path:
+        """Where the ranks of this very process group leave their shares; `prune` removes what is left of it."""
+        target = self._store.path(paths.checkpoint_dir(self._state.run.job_id, step))
+        return target.with_name(f".{target.name}.{self._group:013x}.tmp")
+
+    def _publish(
+        self, facts: CheckpointFacts, taken: saving.Snapshot, share: shares.Share | None, counters: dict[str, Any]
+    ) -> None:
         run = self._state.run
         reference = saving.reference_digest(run, taken.reference, self._base_digest)
         facts = replace(facts, reference_digest=reference)
-        fill = partial(saving.write, taken=taken, run=run, model_dir=self._model_dir, counters=counters)
+
+        def fill(directory: Path) -> None:
+            saving.write(directory, taken, run, self._model_dir, counters)
+            if share is not None:
+                shares.collect(share, self._meeting_place(facts.step), directory / STATE)
+
         manifest = publish(self._store, facts, fill)
         key = paths.checkpoint_dir(run.job_id, facts.step)
         self.newest = (key, manifest.digest)

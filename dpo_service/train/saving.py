@@ -32,7 +32,7 @@ from dpo_service.train.policy import (
     load_model,
     merged_state,
 )
-from dpo_service.train.ranks import whole
+from dpo_service.train.ranks import host_copy, whole
 from dpo_service.train.step import TrainState
 
 EXPORT_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "pure_bfloat16": torch.bfloat16}
@@ -49,6 +49,7 @@ class Snapshot:
     trained: dict[str, Tensor]
     """By parameter name; shared with `model` where it is the whole model that is trained."""
     optimizer: dict[str, Tensor]
+    """Empty where the model is sharded: `shares` has it."""
     reference: dict[str, Tensor]
     """The weights of a reference that moves; else empty."""
 
@@ -57,10 +58,11 @@ class Snapshot:
 def snapshot(state: TrainState) -> Snapshot | None:
     """The state as it is now. To be called on every rank; None on all but the first.
 
-    What is sharded is gathered a tensor at a time, and only the first rank keeps it.
+    The weights of a sharded model are gathered a tensor at a time, and only the first rank keeps them.
     """
     parameters, keep = trained_parameters(state.policy), state.ranks.first
-    if not keep and not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
+    if not keep and not sharded:
         return None
     trained = _to_host(parameters, keep)
     names = {_place(parameter): name for name, parameter in parameters.items()}
@@ -68,7 +70,7 @@ def snapshot(state: TrainState) -> Snapshot | None:
     # What is not trained does not change, so on a CPU it need not be copied.
     moved = {name: t for name, t in merged.items() if isinstance(t, DTensor) or t.device.type != "cpu"}
     model = merged | _to_host({name: t for name, t in moved.items() if _place(t) not in names}, keep)
-    optimizer = _to_host(optimizer_tensors(state.optimizer, state.policy), keep)
+    optimizer = {} if sharded else _to_host(optimizer_tensors(state.optimizer, state.policy), keep)
     reference = _to_host(state.moving.weights if state.moving else {}, keep)
     if not keep:
         return None
@@ -85,25 +87,20 @@ def _place(tensor: Tensor) -> tuple[int, int]:
 
 
 def _to_host(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Copies in host memory, if they are to be kept. From a GPU they go through pinned memory, all at once, and are
-    there when it has been synchronised with."""
-    host: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        source = whole(tensor)
-        if keep:
-            copied = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-            host[name] = copied.copy_(source, non_blocking=True)
-    return host
+    """Copies in host memory, if they are to be kept."""
+    gathered = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return {name: host_copy(tensor) for name, tensor in gathered if keep}
 
 
 def write(directory: Path, taken: Snapshot, run: RunSpec, model_dir: Path, counters: dict[str, Any]) -> None:
-    """Fill a checkpoint directory."""
+    """Fill a checkpoint directory, but for what `shares` puts there."""
     export_model(taken.policy, taken.model, model_dir, directory / MODEL, EXPORT_DTYPE[run.precision])
     if run.lora is not None:
         export_adapter(taken.policy, taken.trained, directory / ADAPTER, run.model.name)
-    elif _has_masters(run):
+    elif has_masters(run) and taken.optimizer:
         files.write_tensors(directory / STATE / files.WEIGHTS, taken.trained)
-    files.write_tensors(directory / STATE / files.OPTIMIZER, taken.optimizer)
+    if taken.optimizer:
+        files.write_tensors(directory / STATE / files.OPTIMIZER, taken.optimizer)
     if taken.reference:
         files.write_tensors(directory / STATE / files.REFERENCE, taken.reference)
     files.write_counters(directory / STATE, counters)
@@ -117,21 +114,21 @@ def load_policy(run: RunSpec, model_dir: Path, checkpoint: Checkpoint | None, de
     if checkpoint is None:
         return load_model(model_dir, device, run.precision)
     policy = load_model(checkpoint.model, device, run.precision)
-    if _has_masters(run):
-        weights = files.read_tensors(checkpoint.state / files.WEIGHTS)
+    if has_masters(run):
+        parameters = trained_parameters(policy)
         with torch.no_grad():
-            for name, parameter in trained_parameters(policy).items():
-                parameter.copy_(weights[name])
+            for name, weight in files.read_each(checkpoint.state, files.WEIGHTS):
+                parameters[name].copy_(weight)
     return policy
 
 
-def _has_masters(run: RunSpec) -> bool:
-    """Whether what is exported is less exact than what is trained."""
-    return EXPORT_DTYPE[run.precision] != WEIGHT_DTYPE[run.precision]
+def has_masters(run: RunSpec) -> bool:
+    """Whether a whole model is trained, and what is exported of it is less exact."""
+    return run.lora is None and EXPORT_DTYPE[run.precision] != WEIGHT_DTYPE[run.precision]
 
 
 def restore_optimizer(state: TrainState, checkpoint: Checkpoint) -> None:
-    tensors = files.read_tensors(checkpoint.state / files.OPTIMIZER)
+    tensors = files.read_each(checkpoint.state, files.OPTIMIZER)
     load_optimizer_tensors(state.optimizer, state.policy, tensors)
 
 

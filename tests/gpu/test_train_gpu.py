@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from dpo_service.train.ranks import Ranks
+from dpo_service.checkpoint.format import digest_of
+from dpo_service.checkpoint.load import newest_valid
+from dpo_service.specs.resources import ResourceSpec
+from dpo_service.train.feed import Feed
+from dpo_service.train.ranks import BACKENDS, Ranks
+from dpo_service.train.start import build_state
+from dpo_service.train.step import train_step
 from tests.unit.train.training_kit import Recorder, build_model, make_job
 
 pytestmark = [
@@ -23,6 +32,49 @@ def test_gpu_run_follows_the_cpu_run(tmp_path, precision, tolerance):
     outcome = job.train(ranks=Ranks(device=torch.device("cuda")), reports=gpu)
     assert outcome.steps == 6
     assert gpu.losses() == pytest.approx(cpu.losses(), rel=tolerance)
+
+
+def on_the_gpu(rank, port, job, ranks):
+    torch.distributed.init_process_group(
+        BACKENDS["cuda"], init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks
+    )
+    torch.cuda.set_device(rank)
+    job.train(ranks=Ranks(rank, ranks, torch.device("cuda", rank)))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_gpus_follow_one_rank(tmp_path, strategy):
+    model_dir = build_model(tmp_path / "model")
+    options = {"reference": "live", "resources": ResourceSpec(workers=2, gpus_per_worker=1, strategy=strategy)}
+    one, two = (make_job(tmp_path / name, model_dir, save_every_steps=2, **options) for name in ("one", "two"))
+    one.train()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(on_the_gpu, (port, two, 2), nprocs=2)
+    left, right = (load_file(newest_valid(job.store, "j").model / "model.safetensors") for job in (one, two))
+    for name, tensor in left.items():
+        torch.testing.assert_close(right[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_a_step_that_is_not_logged_does_not_wait_for_the_device(tmp_path):
+    """The second step is held to it: the first allocates and compiles."""
+    job = make_job(tmp_path / "job", build_model(tmp_path / "model"), reference="live")
+    ranks, device = Ranks(device=torch.device("cuda")), torch.device("cuda")
+    feed = Feed(job.run, job.dataset, job.store, ranks)
+    state = build_state(job.run, job.model_dir, None, ranks, 6, digest_of(job.model_dir))
+    train_step(state, 0, feed.batches(0), feed.divisor(0))
+    batches, divisor = feed.batches(1), feed.divisor(1)
+    torch.cuda.synchronize(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(state, 1, batches, divisor)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        feed.close()
+    state.guard.check()
 
 
 def test_gpu_run_resumes(tmp_path):

@@ -77,7 +77,7 @@ def test_optimizer_state_goes_to_tensors_and_back():
     optimizer.step()
     tensors = optimizer_tensors(optimizer, net)
     again = build_optimizer(net, OptimSpec(learning_rate=1e-2))
-    load_optimizer_tensors(again, net, tensors)
+    load_optimizer_tensors(again, net, tensors.items())
     for parameter in net.parameters():
         assert all(
             torch.equal(again.state[parameter][slot], value) for slot, value in optimizer.state[parameter].items()

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from dpo_service.checkpoint.load import newest_valid
+from dpo_service.checkpoint.state import OPTIMIZER, WEIGHTS, read_each
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.specs.method import RefreshSpec
 from dpo_service.specs.resources import ResourceSpec
@@ -33,6 +34,7 @@ KINDS = {
     "fsdp-kto": {"resources": FSDP, "reference": "live", "loss": "kto", "micro_batch_size": 1},
     "fsdp-sft": {"resources": FSDP, "loss": "sft", "micro_batch_size": 1},
 }
+HALF = {"fsdp-bfloat16": {"resources": FSDP, "reference": "live", "precision": "bfloat16"}}
 RESUMED = ("ddp-lora", "ddp-refresh", "fsdp", "fsdp-lora")
 OPTIONS = {"batch_size": 7, "steps": 4, "save_every_steps": 2}
 """Batches of 7, so that the ranks' shares differ: with one row a micro-batch, a sharded rank computes a blank one."""
@@ -72,8 +74,7 @@ def read_back(job: Job) -> Recorder:
 
 def saved(job):
     checkpoint = newest_valid(job.store, "j")
-    files = (checkpoint.model / "model.safetensors", checkpoint.state / "optimizer.safetensors")
-    return {name: tensor.clone() for path in files for name, tensor in load_file(path).items()}
+    return load_file(checkpoint.model / "model.safetensors") | dict(read_each(checkpoint.state, OPTIMIZER))
 
 
 def assert_close(left, right):
@@ -101,7 +102,7 @@ def pairs(tmp_path_factory, model_dir) -> dict[str, Pair]:
     """Each kind, begun on two ranks, and (`resumed-...`) begun on one that was killed after step 2."""
     torch.set_num_threads(1)
     root, jobs, alone = tmp_path_factory.mktemp("ranks"), {}, {}
-    for kind, options in KINDS.items():
+    for kind, options in (KINDS | HALF).items():
         one, *others = (make_job(root / kind / name, model_dir, **OPTIONS | options) for name in ("one", "two", "cut"))
         alone[kind] = one, Recorder()
         one.train(reports=alone[kind][1])
@@ -129,16 +130,46 @@ def test_two_ranks_equal_one(pairs, kind):
     assert_close(saved(pair.two), saved(pair.one))
 
 
+def copied(job, place):
+    shutil.copytree(job.store.root, place / "copy")
+    return replace(job, store=Store(place / "copy"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_rank_goes_on_where_two_stopped(pairs, kind, tmp_path):
     pair = pairs[kind]
-    shutil.copytree(pair.two.store.root, tmp_path / "copy")
-    job = replace(pair.two, store=Store(tmp_path / "copy"))
+    job = copied(pair.two, tmp_path)
     job.store.delete("jobs/j/checkpoints/step-00000004")
     resumed = Recorder()
     job.train(reports=resumed)
     assert resumed.losses() == pytest.approx(pair.alone.losses()[2:], rel=1e-5)
     assert_close(saved(job), saved(pair.one))
+
+
+def test_sharded_ranks_write_what_they_hold(pairs):
+    """No file holds the whole optimizer, all of them are in the manifest, and nothing is left beside them."""
+    checkpoint = newest_valid(pairs["fsdp"].two.store, "j")
+    assert sorted(path.name for path in checkpoint.state.iterdir()) == [
+        "counters.json",
+        "optimizer-00001-of-00002.safetensors",
+        "optimizer-00002-of-00002.safetensors",
+    ]
+    assert {f"state/{path.name}" for path in checkpoint.state.iterdir()} <= {f.path for f in checkpoint.manifest.files}
+    assert {path.name for path in checkpoint.path.parent.iterdir()} == {"step-00000002", "step-00000004"}
+
+
+def test_sharded_float32_weights_are_put_together(pairs, tmp_path):
+    """In bfloat16 the model goes out rounded, and the weights it was rounded from lie in shares."""
+    pair = pairs["fsdp-bfloat16"]
+    checkpoint = newest_valid(pair.two.store, "j")
+    exported, weights = load_file(checkpoint.model / "model.safetensors"), dict(read_each(checkpoint.state, WEIGHTS))
+    assert all(torch.equal(exported[name], weight.bfloat16()) for name, weight in weights.items())
+    assert any(not torch.equal(weight.bfloat16().float(), weight) for weight in weights.values())
+    job = copied(pair.two, tmp_path)
+    job.store.delete("jobs/j/checkpoints/step-00000004")
+    resumed = Recorder()
+    job.train(reports=resumed)
+    assert resumed.losses() == pytest.approx(pair.alone.losses()[2:], rel=2e-2)
 
 
 @pytest.mark.parametrize("kind", RESUMED)
