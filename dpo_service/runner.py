@@ -26,7 +26,7 @@ from dpo_service.errors import CheckpointError, DpoServiceError, NotFound, StopA
 from dpo_service.manifests.checkpoint import RunResult
 from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.reports import Reporter
-from dpo_service.rows.balance import imbalance
+from dpo_service.rows.balance import notes
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import AttemptSpec, ModelSource, RunSpec
 from dpo_service.storage import paths
@@ -172,7 +172,7 @@ def _prepare(store: Store, spec: AttemptSpec, model_dir: Path, digest: str, repo
         resources=run.resources,
         stop=partial(_stop_asked, store, spec),
     )
-    if note := imbalance(dataset.report, run.loss):
+    for note in notes(dataset.report, run.loss):
         reporter.message(note[0].upper() + note[1:], level="warn")
     return dataset
 

@@ -11,7 +11,7 @@ from dpo_service.cli.exits import CliError, ExitCode
 DOCUMENT_SUFFIXES = (".yaml", ".yml")
 FILE_FIELDS = ("training_file", "validation_file")
 HYPERPARAMETERS = (
-    "batch_size", "n_epochs", "learning_rate_multiplier", "loss", "beta", "label_smoothing", "discopop_tau",
+    "batch_size", "n_epochs", "learning_rate_multiplier", "loss", "losses", "beta", "label_smoothing", "discopop_tau",
     "length_penalty", "rpo_alpha", "wpo", "ld_alpha", "length_normalize", "lam", "gamma_beta_ratio", "desirable_weight",
     "undesirable_weight",
 )  # fmt: skip

@@ -28,7 +28,8 @@ def write_split(name: str, source: EncodedFile, members: Mask, directory: Path, 
     names = ["prompt", *ANSWERS[source.found.rows]]
     files, rows, tokens = [], 0, 0
     digest = hashlib.sha256()
-    for number, table in enumerate(_chunks(source, members, names)):
+    labelled = bool(np.isfinite(source.facts["label"][members]).any())
+    for number, table in enumerate(_chunks(source, members, names, labelled)):
         table = table.add_column(0, "index", pa.array(np.arange(rows, rows + len(table), dtype=np.int64)))
         _update(digest, table, names)
         path = directory / f"{name}-{number:05d}.parquet"
@@ -39,7 +40,7 @@ def write_split(name: str, source: EncodedFile, members: Mask, directory: Path, 
     return SplitManifest(name=name, files=tuple(files), rows=rows, tokens=tokens, digest=digest.hexdigest())
 
 
-def _chunks(source: EncodedFile, members: Mask, names: Sequence[str]) -> Iterator[pa.Table]:
+def _chunks(source: EncodedFile, members: Mask, names: Sequence[str], labelled: bool) -> Iterator[pa.Table]:
     """The member rows in tables of `ROWS_PER_FILE` (the last is smaller)."""
     waiting: list[pa.Table] = []
     start = 0
@@ -47,7 +48,7 @@ def _chunks(source: EncodedFile, members: Mask, names: Sequence[str]) -> Iterato
         for batch in file.iter_batches(batch_size=ROWS_PER_FILE):
             part = slice(start, start + len(batch))
             start += len(batch)
-            waiting.append(_select(pa.table(batch), source.facts[part], members[part], names))
+            waiting.append(_select(pa.table(batch), source.facts[part], members[part], names, labelled))
             while sum(map(len, waiting)) >= ROWS_PER_FILE:
                 together = pa.concat_tables(waiting)
                 yield together.slice(0, ROWS_PER_FILE)
@@ -56,13 +57,14 @@ def _chunks(source: EncodedFile, members: Mask, names: Sequence[str]) -> Iterato
         yield pa.concat_tables(waiting)
 
 
-def _select(table: pa.Table, facts: Facts, members: Mask, names: Sequence[str]) -> pa.Table:
+def _select(table: pa.Table, facts: Facts, members: Mask, names: Sequence[str], labelled: bool) -> pa.Table:
     columns = ["prompt", "first", "second"][: len(names)]
     table = table.select(columns).rename_columns(list(names)).filter(pa.array(members))
     facts = facts[members]
     truncated = facts["prompt_cut"] | facts["answer_cut"]
     table = table.append_column("truncated", pa.array(truncated)).append_column("line", pa.array(facts["line"]))
-    return table.append_column("label", pa.array(facts["label"])) if "mismatched" in names else table
+    # A pair without a judged probability has a verdict: its chosen answer wins.
+    return table.append_column("label", pa.array(np.nan_to_num(facts["label"], nan=1.0))) if labelled else table
 
 
 def with_mismatched(source: EncodedFile, members: Mask, seed: int, max_length: int, target: Path) -> EncodedFile:

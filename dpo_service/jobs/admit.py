@@ -29,7 +29,7 @@ from dpo_service.planning.workload import Lengths
 from dpo_service.registry import files
 from dpo_service.registry.models import ModelFacts, resolve
 from dpo_service.registry.tables import File
-from dpo_service.rows.balance import imbalance
+from dpo_service.rows.balance import notes
 from dpo_service.rows.check import MIN_ROWS, examine, require_rows
 from dpo_service.rows.facts import Facts, decide, report
 from dpo_service.rows.formats import Format
@@ -133,12 +133,11 @@ def consider(spec: JobSpec, model: ModelFacts, training: File, validation: File 
         router_coef=model.router_coef,
         seed=seed,
     )
-    return Considered(run, _with_balance(admissible.report, run), admissible.lengths)
+    return Considered(run, _with_notes(admissible.report, run), admissible.lengths)
 
 
-def _with_balance(report: DatasetReport, run: RunSpec) -> DatasetReport:
-    note = imbalance(report, run.loss)
-    return report.model_copy(update={"warnings": (*report.warnings, note)}) if note else report
+def _with_notes(report: DatasetReport, run: RunSpec) -> DatasetReport:
+    return report.model_copy(update={"warnings": (*report.warnings, *notes(report, run.loss))})
 
 
 def _require_trackers(spec: JobSpec) -> None:

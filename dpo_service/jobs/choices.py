@@ -162,7 +162,7 @@ def _data(spec: JobSpec, training: File, validation: File | None, length: int, s
 
 
 def _loss(spec: JobSpec) -> LossSpec:
-    return LossSpec.model_validate({"name": spec.method.loss, **spec.method.hyperparameters.loss_options()})
+    return spec.method.loss
 
 
 def _reference(spec: JobSpec) -> Literal["cached", "live", "none"]:
@@ -183,7 +183,7 @@ def _keep_best(spec: JobSpec) -> BestSpec | None:
 
 
 def _optim(spec: JobSpec) -> OptimSpec:
-    default = LOSS_TABLE[spec.method.loss].learning_rate * (LORA_FACTOR if spec.lora else 1.0)
+    default = LOSS_TABLE[spec.method.loss.name].learning_rate * (LORA_FACTOR if spec.lora else 1.0)
     multiplier = chosen_or(spec.method.hyperparameters.learning_rate_multiplier, 1.0)
     return OptimSpec(
         optimizer=spec.optimizer,

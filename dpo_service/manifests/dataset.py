@@ -46,6 +46,8 @@ class DatasetReport(Spec):
     """Pairs whose reverse is also in the file; answers that are both desirable and undesirable."""
     ties: int = 0
     """Pairs the annotator marked as equal (a margin or score difference of 0)."""
+    judged: int = 0
+    """Pairs with a `chosen_probability`."""
     desirable: int | None = None
     undesirable: int | None = None
     prompt_tokens: LengthStats | None = None
@@ -72,7 +74,8 @@ class DatasetManifest(Spec):
     """The prepared dataset.
 
     Parquet columns: index int64; prompt and `ANSWERS` list<int32>; truncated bool; line int64, in the uploaded file;
-    label float32 of unpaired rows, 1 = desirable, 0 = undesirable; and where the reference is cached float32 ref_chosen
+    label float32 of unpaired rows, 1 = desirable, 0 = undesirable, and of pairs where any has a judged probability that
+    chosen wins; and where the reference is cached float32 ref_chosen
     and so on, one for each column of answers.
     """
 

@@ -1,4 +1,4 @@
-"""Whether the two sides of an unpaired file weigh alike."""
+"""What of a file does not suit the loss, though it can be trained on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from dpo_service.specs.loss import LossSpec
 
 LOWEST, HIGHEST = 1.0, 4 / 3
 """Where KTO's authors keep desirable_weight n_desirable / (undesirable_weight n_undesirable), arXiv:2402.01306."""
+
+
+def notes(report: DatasetReport, loss: LossSpec) -> list[str]:
+    """What to tell the user before the file is trained on with `loss`."""
+    found = [imbalance(report, loss)]
+    if report.judged and not loss.has("sppo"):
+        found.append(f"{report.judged:,} pairs have a chosen_probability, which no loss but 'sppo' looks at")
+    return [note for note in found if note is not None]
 
 
 def imbalance(report: DatasetReport, loss: LossSpec) -> str | None:

@@ -23,7 +23,7 @@ FACTS = np.dtype(
         ("reverse", "u8"),  # the same with the answers exchanged, or with the other label; 0 for single answers
         ("reason", "u1"),
         ("tie", "?"),
-        ("label", "f4"),  # of an unpaired answer: 1 desirable, 0 undesirable; else NaN
+        ("label", "f4"),  # `Row.label`, or NaN
         ("longer", "i1"),  # 1: the chosen answer is the longer text, -1: the rejected one
         ("prompt_cut", "?"),
         ("answer_cut", "?"),
@@ -49,7 +49,7 @@ def fact_of(row: Row, encoded: Encoded | Dropped | None) -> tuple[object, ...]:
 
 
 def _prints(row: Row) -> tuple[int, int]:
-    if row.label is not None:
+    if row.label is not None and len(row.answers) == 1:
         labelled = [_hash(row.prompt, row.tools, *row.answers, label) for label in (row.label, 1 - row.label)]
         return labelled[0], labelled[1]
     reverse = _hash(row.prompt, row.tools, *reversed(row.answers)) if len(row.answers) == 2 else 0
@@ -111,6 +111,7 @@ def report(facts: Facts, found: Format) -> DatasetReport:
         truncated_answers=int(kept["answer_cut"].sum()),
         contradictions=int(np.isin(kept["reverse"], kept["row"]).sum()) if pairs or unpaired else 0,
         ties=int(kept["tie"].sum()),
+        judged=int(np.isfinite(kept["label"]).sum()) if pairs else 0,
         desirable=int((kept["label"] == 1).sum()) if unpaired else None,
         undesirable=int((kept["label"] == 0).sum()) if unpaired else None,
         prompt_tokens=_stats(kept["n_prompt"]) if counted else None,

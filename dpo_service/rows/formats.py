@@ -39,7 +39,7 @@ class Row:
     tie: bool = False
     """The annotator marked both answers as equal."""
     label: float | None = None
-    """An unpaired answer: 1 = desirable, 0 = undesirable."""
+    """An unpaired answer: 1 = desirable, 0 = undesirable. A pair: the judged probability that chosen wins."""
     plain: tuple[str, ...] | None = None
     """The row as text (prompt, *answers), for a model without a chat template. Only formats that are text have it."""
 
@@ -90,7 +90,8 @@ def normalise(row: Json, line: int, expected: Format) -> Row:
     built = expected.build(row, line)
     if len(built.answers) == 2 and _same(*built.answers):
         raise InvalidData("chosen and rejected are equal, so the pair prefers nothing; remove the row", line=line)
-    return built
+    judged = row.get("chosen_probability") if len(built.answers) == 2 else None
+    return built if judged is None else replace(built, label=_probability(judged, line))
 
 
 def _columns(row: Json) -> set[str]:
@@ -156,6 +157,12 @@ def _string(row: Json, column: str, line: int) -> str:
         mend = "give the prompt" if column == "prompt" else "give the answer's text"
         raise InvalidData(f"`{column}` is empty; {mend} or remove the row", line=line)
     return value
+
+
+def _probability(value: object, line: int) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InvalidData("`chosen_probability` must be a number from 0 to 1", line=line)
+    return float(value)
 
 
 def _tie(row: Json) -> bool:

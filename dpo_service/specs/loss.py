@@ -6,7 +6,7 @@ reads every number from a `LossSpec` it has filled in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -21,6 +21,7 @@ DpoLoss = Literal[
     "sigmoid_norm",
     "exo_pair",
     "nca_pair",
+    "bco_pair",
     "apo_zero",
     "apo_down",
     "discopop",
@@ -28,6 +29,7 @@ DpoLoss = Literal[
 ]
 """The losses of method `dpo`: pairs, measured against the initial policy."""
 
+MixName = Literal[DpoLoss, "sft"]
 LossName = Literal[DpoLoss, "ipo", "orpo", "simpo", "kto", "sft"]
 
 
@@ -56,6 +58,7 @@ LOSS_TABLE: dict[LossName, LossRow] = {
     "sigmoid_norm": LossRow("arXiv:2411.15124", 5e-7, {"beta": 5.0, **_ANY_PAIR}, max_beta=100.0),
     "exo_pair": LossRow("arXiv:2402.00856", 5e-6, {"beta": 0.1, "label_smoothing": 1e-3, **_SUMS}),
     "nca_pair": LossRow("arXiv:2402.05369", 5e-6, {"beta": 0.01, **_SUMS}),
+    "bco_pair": LossRow("arXiv:2404.04656", 5e-6, {"beta": 0.1, **_SUMS}),
     "apo_zero": LossRow("arXiv:2408.06266", 5e-6, {"beta": 0.1, **_SUMS}),
     # No rpo_alpha: this loss is for lowering the chosen answer's likelihood, which that term raises.
     "apo_down": LossRow("arXiv:2408.06266", 5e-6, {"beta": 0.1, "wpo": False, "ld_alpha": 1.0}),
@@ -88,6 +91,41 @@ def _that_take(option: str) -> str:
     return "loss " + " or ".join(repr(name) for name, row in LOSS_TABLE.items() if option in row.options)
 
 
+_NO_NUMBERS = {"name", "weight", "others"}
+_OF_THE_ROW = ("rpo_alpha", "wpo", "ld_alpha")
+
+
+def mix_refusal(losses: Iterable[MixName], option: str, value: float) -> str | None:
+    """Why a mix of `losses` cannot take this value of `option`, with the mend; None where it can.
+
+    What holds for a row as a whole must suit every loss; any other number goes to those that take it.
+    """
+    names = [name for name in losses if name != "sft"]
+    if option == "rpo_alpha" and "sft" in losses:
+        return "rpo_alpha is the term that `sft` in `losses` adds; give one of the two"
+    refusals = [refusal(name, option, value) for name in names]
+    takers = [why for name, why in zip(names, refusals, strict=True) if option in LOSS_TABLE[name].options]
+    asked = refusals if option in _OF_THE_ROW or not takers else takers
+    return next((why for why in asked if why), None)
+
+
+def mixed(losses: Mapping[MixName, float], options: Mapping[str, float]) -> LossSpec:
+    """Several losses as one: the sum over `losses` of weight times loss, MPO (arXiv:2411.10442 eq. 2).
+
+    `sft` is its generation loss: the chosen answer's negative log-likelihood per token, which is `rpo_alpha`. The
+    heaviest other loss, of equals the first in the table, is the one whose beta rewards are told by.
+    """
+    names = sorted((n for n in losses if n != "sft"), key=lambda n: (-losses[n], list(LOSS_TABLE).index(n)))
+    first, *others = (
+        {"name": n, "weight": losses[n]} | {o: v for o, v in options.items() if o in LOSS_TABLE[n].options}
+        for n in names
+    )
+    if "sft" in losses:
+        first["rpo_alpha"] = losses["sft"]
+    rest = [{o: v for o, v in other.items() if o not in ("rpo_alpha", "wpo")} for other in others]
+    return LossSpec.model_validate({**first, "others": rest})
+
+
 class LossSpec(Spec):
     """The loss, every number decided: what is left out becomes the authors' default.
 
@@ -95,6 +133,10 @@ class LossSpec(Spec):
     """
 
     name: LossName
+    weight: float = 1.0
+    """In a mix."""
+    others: tuple[LossSpec, ...] = ()
+    """The rest of a mix. What holds for a row as a whole (`rpo_alpha`, `wpo`) is of the first loss."""
     beta: float = 0.0
     label_smoothing: float = 0.0
     length_normalize: bool = False
@@ -129,7 +171,7 @@ class LossSpec(Spec):
     def _only_what_it_uses(self) -> Self:
         for option, known in type(self).model_fields.items():
             value = getattr(self, option)
-            why = refusal(self.name, option, value) if option != "name" else None
+            why = refusal(self.name, option, value) if option not in _NO_NUMBERS else None
             if why and (value != known.default or option in LOSS_TABLE[self.name].options):
                 raise ValueError(why)
         return self
@@ -137,7 +179,16 @@ class LossSpec(Spec):
     @model_serializer(mode="wrap")
     def _without_the_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        return {name: value for name, value in values.items() if name == "name" or self.uses(name)}
+        alone = {"weight", "others"} if self.weight == 1 and not self.others else set()
+        return {name: v for name, v in values.items() if self.uses(name) or name in _NO_NUMBERS - alone}
 
     def uses(self, option: str) -> bool:
         return option in LOSS_TABLE[self.name].options
+
+    @property
+    def parts(self) -> tuple[LossSpec, ...]:
+        """The losses that are summed by their `weight`; one, unless it is a mix."""
+        return (self, *self.others)
+
+    def has(self, name: LossName) -> bool:
+        return any(part.name == name for part in self.parts)

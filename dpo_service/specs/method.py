@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dpo_service.specs.base import AUTO, Auto, Spec
-from dpo_service.specs.loss import DpoLoss, LossName, refusal
+from dpo_service.specs.loss import DpoLoss, LossName, LossSpec, MixName, mix_refusal, mixed, refusal
 
 RowKind = Literal["pairs", "answers", "unpaired"]
 """What a training file must hold: preference pairs, prompts with one answer each, or such with a label each."""
@@ -49,7 +49,7 @@ class SupervisedHyperparameters(Spec):
 
     def loss_options(self) -> dict[str, float]:
         """The numbers of the loss that the user chose; what is left out is the service's to decide."""
-        given = self.model_dump(exclude={*SupervisedHyperparameters.model_fields, "loss"})
+        given = self.model_dump(exclude={*SupervisedHyperparameters.model_fields, "loss", "losses"})
         return {name: value for name, value in given.items() if value != AUTO}
 
 
@@ -57,6 +57,9 @@ class DpoHyperparameters(SupervisedHyperparameters):
     """Which of these a loss takes is in `LOSS_TABLE`; one that it does not take is refused."""
 
     loss: DpoLoss = "sigmoid"
+    losses: dict[MixName, Annotated[float, Field(gt=0, le=100)]] | None = None
+    """Several losses by weight, instead of `loss` (MPO); `sft` is the chosen answer's likelihood. A number goes to
+    those of them that take it; what is left out is what each one's authors use."""
     beta: Auto[Annotated[float, Field(gt=0)]] = AUTO
     """Strength of the pull towards the reference (arXiv:2305.18290, eq. 7); at most 2, `sigmoid_norm` 100."""
     label_smoothing: Auto[Annotated[float, Field(ge=0, lt=0.5)]] = AUTO
@@ -71,13 +74,36 @@ class DpoHyperparameters(SupervisedHyperparameters):
     ld_alpha: Auto[Annotated[float, Field(ge=0, le=1)]] = AUTO
     """What tokens past the shorter answer's length count, against length bias (LD-DPO; all but `sigmoid_norm`)."""
 
+    @field_validator("losses")
+    @classmethod
+    def _is_a_mix(cls, value: dict[MixName, float] | None) -> dict[MixName, float] | None:
+        if value is None:
+            return None
+        if len(value) < 2 or set(value) == {"sft"}:
+            raise ValueError("a mix has two losses or more, with one on pairs among them; for a single one use `loss`")
+        if "sft" in value and "apo_down" in value:
+            raise ValueError(
+                "`sft` raises the chosen answer's likelihood, which `apo_down` is for lowering; remove one"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if self.losses is not None and "loss" in self.model_fields_set:
+            raise ValueError("loss and losses exclude each other; give one of them")
+        return self
+
     @field_validator("beta", "label_smoothing", "discopop_tau", "length_penalty", "rpo_alpha", "ld_alpha")
     @classmethod
     def _used_by_the_loss(cls, value: Auto[float], info: ValidationInfo) -> Auto[float]:
         assert info.field_name is not None
-        if value == AUTO or "loss" not in info.data:
+        if value == AUTO or not {"loss", "losses"} <= info.data.keys():
             return value
-        if why := refusal(info.data["loss"], info.field_name, value):
+        if losses := info.data.get("losses"):
+            why = mix_refusal(losses, info.field_name, value)
+        else:
+            why = refusal(info.data["loss"], info.field_name, value)
+        if why:
             raise ValueError(why)
         return value
 
@@ -178,9 +204,13 @@ class MethodSpec(Spec):
         return cast(SupervisedHyperparameters, block.hyperparameters)
 
     @property
-    def loss(self) -> LossName:
+    def loss(self) -> LossSpec:
+        """The loss with every number decided."""
         asked = self.hyperparameters
-        return asked.loss if isinstance(asked, DpoHyperparameters) else self.row.loss
+        if isinstance(asked, DpoHyperparameters) and asked.losses is not None:
+            return mixed(asked.losses, asked.loss_options())
+        name = asked.loss if isinstance(asked, DpoHyperparameters) else self.row.loss
+        return LossSpec.model_validate({"name": name, **asked.loss_options()})
 
 
 class RefreshSpec(Spec):

@@ -51,7 +51,7 @@ class MicroBatch:
     ref_chosen_P: Tensor | None = None
     ref_rejected_P: Tensor | None = None
     label_P: Tensor | None = None
-    """Of unpaired answers: 1 = desirable, 0 = undesirable."""
+    """As in `Example`, if all rows have one."""
     mismatched: MicroBatch | None = None
     """The same prompts with answers of other rows, for KTO."""
     blank: bool = False

@@ -53,7 +53,7 @@ class Journal:
         self.matrix_rate = sum(ranks.gather(matrix_rate(ranks.device, dtype)))
         """Operations a second of a large matrix product, all ranks together."""
         warmup, clip = warmup_steps(run.optim, total_steps), run.optim.max_grad_norm
-        self._alarms = Alarms(Settings(warmup, clip, lowers_chosen=run.loss.name == "apo_down"))
+        self._alarms = Alarms(Settings(warmup, clip, lowers_chosen=run.loss.has("apo_down")))
         self._since = monotonic()
         self._told_tokens = 0
         """Trained on since the run began, those of the window left out."""

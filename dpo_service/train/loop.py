@@ -188,6 +188,10 @@ class _Training:
 
     def _save(self) -> None:
         self._state.guard.check()
-        counters = {"dataset_digest": self._dataset.train.digest, **self._journal.counters()}
+        counters = {
+            "dataset_digest": self._dataset.train.digest,
+            "drift": self._state.drift.tolist(),
+            **self._journal.counters(),
+        }
         with self._journal.not_training():
             self._saver.save(self._step, self._plan.epoch(self._step), self._journal.latest, counters)

@@ -45,9 +45,11 @@ class LossInputs:
     weight_P: Tensor | None = None
     """WPO's weight of each pair, without gradient (`pair_weights`)."""
     label_P: Tensor | None = None
-    """Of unpaired answers, which are `chosen_P`: 1 = desirable, 0 = undesirable."""
+    """Of unpaired answers, which are `chosen_P`: 1 = desirable, 0 = undesirable. Of pairs: the judged probability that
+    the chosen answer wins; None = 1."""
     baseline: Tensor | float = 0.0
-    """`kto`: z, what D is on answers that do not belong to their prompts; in nats."""
+    """What D is compared with, in nats. `kto`: z, the mean over answers that do not belong to their prompts;
+    `bco_pair`: the mean of D over both answers of all earlier steps."""
 
     def log_ratios(self, ld_alpha: float = 1.0) -> tuple[Tensor, Tensor]:
         """`D` of the chosen and of the rejected answer."""
@@ -166,6 +168,17 @@ def nca_pair(inputs: LossInputs, spec: LossSpec) -> Tensor:
     return -logsigmoid(chosen_P) - 0.5 * logsigmoid(-chosen_P) - 0.5 * logsigmoid(-rejected_P)
 
 
+def bco_pair(inputs: LossInputs, spec: LossSpec) -> Tensor:
+    """BCO on pairs, arXiv:2404.04656 eq. 11: -log sigmoid(beta D_w - d) - log sigmoid(-(beta D_l - d)).
+
+    d is the mean reward of both answers over the steps before this one, so all of a step's rows have the same; TRL's
+    DPOTrainer has d = 0.
+    """
+    chosen_P, rejected_P = _rewards(inputs, spec)
+    shift = spec.beta * inputs.baseline
+    return -logsigmoid(chosen_P - shift) - logsigmoid(shift - rejected_P)
+
+
 def apo_zero(inputs: LossInputs, spec: LossSpec) -> Tensor:
     """APO-zero, arXiv:2408.06266 eq. 7: 1 - sigmoid(beta D_w) + sigmoid(beta D_l).
 
@@ -198,10 +211,11 @@ def discopop(inputs: LossInputs, spec: LossSpec) -> Tensor:
 def sppo(inputs: LossInputs, spec: LossSpec) -> Tensor:
     """SPPO, arXiv:2405.00675 eq. 4.7, eta = 1/beta: 1/2 [(D_w - eta (P_w - 1/2))^2 + (D_l - eta (1/2 - P_w))^2].
 
-    P_w, the probability that w beats the policy's average answer, is 1: a dataset gives verdicts only.
+    P_w, the probability that w beats the policy's average answer, is the dataset's `chosen_probability`; where it gives
+    verdicts only, 1.
     """
     chosen_P, rejected_P = inputs.log_ratios(spec.ld_alpha)
-    goal = 0.5 / spec.beta
+    goal = (0.5 if inputs.label_P is None else inputs.label_P - 0.5) / spec.beta
     return 0.5 * ((chosen_P - goal) ** 2 + (rejected_P + goal) ** 2)
 
 
@@ -259,6 +273,7 @@ LOSSES: dict[LossName, Loss] = {
     "sigmoid_norm": sigmoid_norm,
     "exo_pair": exo_pair,
     "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
     "apo_zero": apo_zero,
     "apo_down": apo_down,
     "discopop": discopop,
@@ -274,12 +289,12 @@ DIVISOR: dict[str, Literal["rows", "tokens"]] = {name: "tokens" if name == "sft"
 
 
 def row_losses(inputs: LossInputs, spec: LossSpec) -> Tensor:
-    """The loss of each row, [P], with the terms any paired loss can carry.
+    """The loss of each row, [P], or the weighted sum of several, with the terms any paired loss can carry.
 
     `rpo_alpha` adds its multiple of the chosen answer's negative log-likelihood per token (RPO, arXiv:2404.19733).
     `wpo` multiplies the whole by the pair's weight.
     """
-    loss_P = LOSSES[spec.name](inputs, spec)
+    loss_P = torch.stack([part.weight * LOSSES[part.name](inputs, part) for part in spec.parts]).sum(0)
     if spec.rpo_alpha:
         loss_P = loss_P - spec.rpo_alpha * inputs.mean_logps()[0]
     if spec.wpo:

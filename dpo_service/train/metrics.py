@@ -85,7 +85,7 @@ def of_batch(
         "truncated": batch.truncated,
         "router_loss": 0.0 if completions.router_loss is None else completions.router_loss * batch.rows,
     }
-    if inputs.label_P is not None:
+    if inputs.label_P is not None and not batch.paired:
         return {**sums, **_of_unpaired(inputs, inputs.label_P, spec)}
     if not batch.paired:
         return {**sums, "correct": completions.correct_S.sum()}

@@ -32,7 +32,7 @@ class Example:
     ref_chosen: float | None = None
     ref_rejected: float | None = None
     label: float | None = None
-    """Of an unpaired answer: 1 = desirable, 0 = undesirable."""
+    """Of an unpaired answer: 1 = desirable, 0 = undesirable. Of a pair: the judged probability that chosen wins."""
 
 
 class RowTable:

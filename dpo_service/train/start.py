@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpo_service.checkpoint.load import Checkpoint, newest_valid, opened
 from dpo_service.errors import CheckpointError, TrainingError
 from dpo_service.manifests.dataset import DatasetManifest
@@ -58,6 +60,7 @@ def build_state(
     if checkpoint is not None:
         saving.restore_optimizer(state, checkpoint)
         saving.restore_reference(state, checkpoint, base_digest)
+        state.drift.copy_(torch.tensor(saving.counters(checkpoint).get("drift", (0.0, 0.0)), dtype=torch.float64))
     return state
 
 

@@ -43,10 +43,14 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ranks: Ranks
     total_steps: int
+    drift: Tensor = field(init=False)
+    """`bco_pair`: the sum of D over both answers of all pairs so far, and how many answers; float64, part of a
+    checkpoint."""
     guard: Guard = field(init=False)
     cost: Cost = field(init=False)
 
     def __post_init__(self) -> None:
+        self.drift = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         self.cost = Cost.of(self.policy)
         self.guard = Guard(self.optimizer, self.ranks.device)
 
@@ -78,6 +82,8 @@ def train_step(state: TrainState, step: int, batches: Sequence[MicroBatch], divi
             if not batch.blank:
                 sums.add(values)
     state.ranks.sum_tensor(sums.values_N)
+    if state.run.loss.has("bco_pair"):
+        _add_drift(state, sums)
     parameters = list(trained_parameters(state.policy).values())
     state.ranks.sum_gradients(parameters)
     norm = clip_gradients(parameters, state.run.optim.max_grad_norm)
@@ -99,9 +105,9 @@ def evaluate_batch(state: TrainState, batch: MicroBatch, baseline: Tensor | floa
 @torch.no_grad()
 def baseline_of(state: TrainState, batches: Iterable[MicroBatch]) -> Tensor | float:
     """`LossInputs.baseline`, the same on every rank. KTO: max(0, mean of D over the mismatched answers of all ranks'
-    `batches`), so it does not depend on how a step is cut."""
+    `batches`), so it does not depend on how a step is cut. BCO: the mean of D so far."""
     if state.run.data.rows != "unpaired":
-        return 0.0
+        return (state.drift[0] / state.drift[1].clamp(min=1)).float() if state.run.loss.has("bco_pair") else 0.0
     total_and_rows = torch.zeros(2, dtype=torch.float64, device=state.ranks.device)
     for batch in batches:
         assert batch.mismatched is not None
@@ -116,6 +122,12 @@ def baseline_of(state: TrainState, batches: Iterable[MicroBatch]) -> Tensor | fl
     state.ranks.sum_tensor(total_and_rows)
     mean: Tensor = total_and_rows[0] / total_and_rows[1]
     return mean.clamp(min=0).float()
+
+
+def _add_drift(state: TrainState, sums: metrics.Sums) -> None:
+    """The step's D, of all ranks, to the mean of the next steps."""
+    state.drift[0] += (sums["rewards/chosen"] + sums["rewards/rejected"]) / state.run.loss.beta
+    state.drift[1] += 2 * sums["rows"]
 
 
 def _accumulate(

@@ -210,6 +210,15 @@ def test_unpaired_rows_carry_another_rows_answer(stage):
         )
 
 
+def test_judged_probabilities_come_along_and_a_verdict_is_one(stage):
+    rows = [pair(number) | ({"chosen_probability": number / 10} if number % 2 else {}) for number in range(6)]
+    manifest = stage(rows, scorer=None)
+    assert stage.table(manifest.train)["label"].to_pylist() == pytest.approx([1.0, 0.1, 1.0, 0.3, 1.0, 0.5])
+    assert manifest.report.judged == 3
+    plain = stage([pair(number) for number in range(6)], scorer=None, job="plain")
+    assert "label" not in stage.table(plain.train).column_names
+
+
 def test_pairs_become_unpaired_rows(stage):
     manifest = stage([pair(number) for number in range(6)], rows="unpaired", scorer=None)
     table = stage.table(manifest.train)

@@ -3,7 +3,7 @@
 import pytest
 
 from dpo_service.manifests.dataset import DatasetReport
-from dpo_service.rows.balance import imbalance
+from dpo_service.rows.balance import imbalance, notes
 from dpo_service.specs.loss import LossSpec
 
 
@@ -23,6 +23,12 @@ def test_outside_the_weight_that_mends_it_is_named():
     assert "a desirable_weight of 1.00 to 1.33" in note(20, 10, undesirable_weight=2, desirable_weight=2)
     assert "no answer is undesirable" in note(10, 0)
     assert "no answer is desirable" in note(0, 10)
+
+
+def test_probabilities_that_the_loss_does_not_look_at_are_told():
+    report = DatasetReport(format="trl_text", rows=9, kept=9, judged=4)
+    assert "4 pairs have a chosen_probability" in notes(report, LossSpec(name="hinge"))[0]
+    assert notes(report, LossSpec(name="sppo")) == []
 
 
 def test_other_losses_have_no_sides():

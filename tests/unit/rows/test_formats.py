@@ -138,6 +138,19 @@ def test_what_is_neither_pairs_nor_plain_answers_is_refused_for_both(row, name):
             as_kind(found, "unpaired")
 
 
+def test_a_pair_may_say_how_likely_its_chosen_answer_wins():
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert read(pair)[1].label is None
+    assert read(pair | {"chosen_probability": 0.75})[1].label == 0.75
+    assert read(pair | {"chosen_probability": None})[1].label is None
+    assert [
+        row.label for row in rows_of(pair | {"chosen_probability": 0.6}, 1, as_kind(BY_NAME["trl_text"], "unpaired"))
+    ] == [1, 0]
+    for wrong in (1.5, -0.1, "0.5", True):
+        with pytest.raises(InvalidData, match="line 3: `chosen_probability` must be a number from 0 to 1"):
+            read(pair | {"chosen_probability": wrong})
+
+
 def test_unpaired_rows_have_a_label():
     text, chat = {"prompt": "a", "completion": "b", "label": 1}, {"messages": [USER, GOOD], "label": False}
     assert read(text) == ("unpaired", Row(3, "a", ("b",), label=1.0))

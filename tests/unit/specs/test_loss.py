@@ -59,7 +59,7 @@ def loss_of(spec: JobSpec) -> LossSpec:
 
 
 def test_the_options_are_all_there_are():
-    assert set(OPTIONS) == LossSpec.model_fields.keys() - {"name"}
+    assert set(OPTIONS) == LossSpec.model_fields.keys() - {"name", "weight", "others"}
     assert set(OPTIONS) == {option for row in LOSS_TABLE.values() for option in row.options}
     assert set(LOSSES) == set(LOSS_TABLE) - {"sft"}
 
@@ -120,6 +120,16 @@ def test_what_is_left_open_is_the_authors_default(loss):
         ("ipo", {"loss": "sigmoid"}, "loss"),
         ("orpo", {"beta": 0.1}, "beta"),
         ("simpo", {"gamma_beta_ratio": 3}, "less than or equal to 2"),
+        ("dpo", {"losses": {"sigmoid": 1.0}}, "two losses or more"),
+        ("dpo", {"losses": {"sft": 1.0}}, "two losses or more"),
+        ("dpo", {"losses": {"sigmoid": 1.0, "ipo": 1.0}}, "losses"),
+        ("dpo", {"losses": {"sigmoid": 1.0, "hinge": 0}}, "greater than 0"),
+        ("dpo", {"losses": {"apo_down": 1.0, "sft": 1.0}}, "remove one"),
+        ("dpo", {"loss": "hinge", "losses": {"sigmoid": 1.0, "sft": 1.0}}, "exclude each other"),
+        ("dpo", {"losses": {"sigmoid": 1.0, "sft": 1.0}, "rpo_alpha": 1.0}, "give one of the two"),
+        ("dpo", {"losses": {"sigmoid": 1.0, "hinge": 1.0}, "discopop_tau": 0.1}, "has no discopop_tau"),
+        ("dpo", {"losses": {"sigmoid": 1.0, "sigmoid_norm": 1.0}, "ld_alpha": 0.5}, "'sigmoid_norm' has no ld_alpha"),
+        ("dpo", {"losses": {"sigmoid": 1.0, "sigmoid_norm": 1.0}, "beta": 5}, "less than or equal to 2"),
         ("kto", {"batch_size": 1}, "greater than or equal to 2"),
         ("kto", {"desirable_weight": 0}, "greater than 0"),
         ("kto", {"rpo_alpha": 0.1}, "rpo_alpha"),

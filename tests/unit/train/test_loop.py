@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dpo_service.checkpoint.load import newest_valid
+from dpo_service.checkpoint.state import read_counters
 from dpo_service.errors import CheckpointError, NonFiniteLoss, TrainingError
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.specs.method import RefreshSpec
@@ -20,12 +21,15 @@ from dpo_service.train.rows import RowTable
 from dpo_service.train.step import train_step
 from tests.unit.train.training_kit import Recorder, build_model, make_job, random_rows, same, weights
 
+MIX = {"weight": 0.8, "rpo_alpha": 1.0, "others": [{"name": "bco_pair", "weight": 0.2}]}
 KINDS = {
     "dpo-cached": {},
     "dpo-live": {"reference": "live"},
     "dpo-smoothed": {"label_smoothing": 0.1},
     "sft": {"loss": "sft"},
     "kto": {"loss": "kto"},
+    "bco": {"loss": "bco_pair"},
+    "mix": {"loss_options": MIX},
     "kto-lora": {"loss": "kto", "reference": "live", "lora": LoraSpec(rank=4, dropout=0.1)},
     "lora": {"reference": "live", "lora": LoraSpec(rank=4, dropout=0.1)},
     "bfloat16": {"precision": "bfloat16"},
@@ -143,6 +147,22 @@ def test_supervised_learns(tmp_path, model_dir):
     last = recorded.values["train", 12]
     assert 0 <= last["mean_token_accuracy"] <= 1
     assert {"grad_norm", "learning_rate", "num_tokens", "tokens_per_second"} <= set(last)
+
+
+def test_bco_measures_against_the_mean_of_the_steps_before(tmp_path, model_dir):
+    job = make_job(tmp_path, model_dir, loss="bco_pair", loss_options={"beta": 0.5}, steps=4)
+    recorded = Recorder()
+    job.train(reports=recorded)
+    assert recorded.values["train", 1]["loss"] == pytest.approx(2 * math.log(2), abs=1e-5)
+    means = [
+        values["rewards/chosen"] + values["rewards/rejected"]
+        for (_, step), values in recorded.values.items()
+        if _ == "train"
+    ]
+    total, count = read_counters(newest_valid(job.store, "j").state)["drift"]
+    assert count == 4 * 2 * 8
+    assert total / count == pytest.approx(sum(means) / 8 / 0.5, rel=1e-5)
+    assert total != 0
 
 
 def test_kto_learns_and_reports_what_trl_reports(tmp_path, model_dir):

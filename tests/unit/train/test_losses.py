@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dpo_service.specs.loss import LOSS_TABLE, LossSpec
+from dpo_service.specs.loss import LOSS_TABLE, LossSpec, mixed
 from dpo_service.train.losses import (
     DIVISOR,
     LOSSES,
@@ -41,7 +41,8 @@ def inputs(chosen, rejected, ref_chosen, ref_rejected, *, n_chosen=3, n_rejected
 def golden():
     """D_w = 2, 0; D_l = -5, 5; h = 7, -5; per token D_w = .5, 0; D_l = -1, .625; lp_w = -2.5, -1.5; lp_l = -4, -.5.
 
-    Without the tails D_w = 2, 1; D_l = -3, 5; h = 5, -4. Unpaired: D_w, the first desirable, the other not; z = 1/2.
+    Without the tails D_w = 2, 1; D_l = -3, 5; h = 5, -4. Unpaired: D_w, the first desirable, the
+    other not (or P_w = 1 and 0); z = 1/2.
     """
     columns = (torch.tensor(column, dtype=torch.float64) for column in (CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED))
     tails = {"chosen_tail_P": CHOSEN_TAIL, "rejected_tail_P": REJECTED_TAIL, "weight_P": WEIGHTS}
@@ -89,7 +90,7 @@ GOLDEN = [
         {"beta": 1.0, "ld_alpha": 0.0},
         [-log_s(w) - log_s(-w) / 2 - log_s(-x) / 2 for w, x in ((2, -3), (1, 5))],
     ),
-    ("sppo", {"beta": 0.25, "ld_alpha": 0.0}, [(0 + 1) / 2, (1 + 7**2) / 2]),
+    ("sppo", {"beta": 0.25, "ld_alpha": 0.0}, [(0 + 1) / 2, (3**2 + 3**2) / 2]),
     ("ipo", {"wpo": True}, [3.5**2 / 2, 5.625**2 / 4]),
     ("simpo", {"wpo": True}, [-log_s(2) / 2, -log_s(-3) / 4]),
     ("robust", {}, [(0.1 * log_s(-h) - 0.9 * log_s(h)) / 0.8 for h in (0.7, -0.5)]),
@@ -103,12 +104,15 @@ GOLDEN = [
     ("exo_pair", {}, [kl((s(0.7), s(-0.7)), (0.999, 0.001)), kl((s(-0.5), s(0.5)), (0.999, 0.001))]),
     ("exo_pair", {"label_smoothing": 0.3}, [kl((s(0.7), s(-0.7)), (0.7, 0.3)), kl((s(-0.5), s(0.5)), (0.7, 0.3))]),
     ("nca_pair", {"beta": 0.1}, [-log_s(w) - log_s(-w) / 2 - log_s(-x) / 2 for w, x in ((0.2, -0.5), (0.0, 0.5))]),
+    ("bco_pair", {}, [-log_s(0.2 - 0.05) - log_s(0.5 + 0.05), -log_s(-0.05) - log_s(-0.5 + 0.05)]),
+    ("bco_pair", {"beta": 1.0, "ld_alpha": 0.0}, [-log_s(1.5) - log_s(3.5), -log_s(0.5) - log_s(-4.5)]),
+    ("sppo", {"beta": 0.25, "rpo_alpha": 1.0}, [(0 + 3**2) / 2 + 2.5, ((0 + 2) ** 2 + (5 - 2) ** 2) / 2 + 1.5]),
     ("apo_zero", {}, [1 - s(0.2) + s(-0.5), 0.5 + s(0.5)]),
     ("apo_down", {}, [s(0.2) + 1 - s(0.7), 0.5 + 1 - s(-0.5)]),
     ("discopop", {}, [lrml(0.7, 0.05), lrml(-0.5, 0.05)]),
     ("discopop", {"beta": 0.01, "discopop_tau": 0.5}, [lrml(0.07, 0.5), lrml(-0.05, 0.5)]),
-    ("sppo", {}, [(498**2 + 495**2) / 2, (500**2 + 505**2) / 2]),
-    ("sppo", {"beta": 0.25}, [(0 + 3**2) / 2, (2**2 + 7**2) / 2]),
+    ("sppo", {}, [(498**2 + 495**2) / 2, (500**2 + 495**2) / 2]),
+    ("sppo", {"beta": 0.25}, [(0 + 3**2) / 2, (2**2 + 3**2) / 2]),
     ("orpo", {}, [-w - 0.1 * log_s(log_odds(a) - log_odds(b)) for w, a, b in ((-2.5, -2.5, -4), (-1.5, -1.5, -0.5))]),
     ("orpo", {"lam": 1.5}, [-a - 1.5 * log_s(log_odds(a) - log_odds(b)) for a, b in ((-2.5, -4), (-1.5, -0.5))]),
     ("simpo", {}, [-log_s(2 * 1.5 - 1), -log_s(-2 * 1 - 1)]),
@@ -183,6 +187,50 @@ def test_a_longer_chosen_answer_pushes_less_under_the_length_penalty():
 
     assert push(30, 0.1) < push(10, 0.1) < push(5, 0.1)
     assert push(30, 0.0) == push(10, 0.0) == push(10, 0.1)
+
+
+def test_sppo_takes_verdicts_where_there_are_no_probabilities():
+    verdicts, soft = replace(golden(), label_P=None), replace(golden(), label_P=torch.tensor([0.75, 0.5]))
+    spec = LossSpec(name="sppo", beta=0.25)
+    assert row_losses(verdicts, spec).tolist() == pytest.approx([(0 + 3**2) / 2, (2**2 + 7**2) / 2])
+    assert row_losses(soft, spec).tolist() == pytest.approx([((2 - 1) ** 2 + (-5 + 1) ** 2) / 2, 5**2 / 2])
+
+
+def test_bco_is_two_ln_2_where_rewards_are_their_mean():
+    same = torch.zeros(3)
+    at = replace(inputs(same, same, same - 7, same - 7), baseline=torch.tensor(7.0))
+    assert torch.allclose(row_losses(at, LossSpec(name="bco_pair")), torch.tensor(2 * math.log(2)))
+
+
+MIX = {"sigmoid": 0.8, "bco_pair": 0.25, "sft": 0.5}
+
+
+def test_a_mix_is_the_weighted_sum():
+    """By hand at beta 0.1: 0.8 * 0.403186 + 0.25 * bco + 0.5 * 2.5, and so on."""
+    bco = [-log_s(0.2 - 0.05) - log_s(0.5 + 0.05), -log_s(-0.05) - log_s(-0.5 + 0.05)]
+    expected = [0.8 * -log_s(h) + 0.25 * b + 0.5 * n for h, b, n in zip((0.7, -0.5), bco, (2.5, 1.5), strict=True)]
+    assert row_losses(golden(), mixed(MIX, {})).tolist() == pytest.approx(expected, rel=1e-12)
+    weighed = row_losses(golden(), mixed(MIX, {"wpo": True}))
+    assert weighed.tolist() == pytest.approx([expected[0] / 2, expected[1] / 4], rel=1e-12)
+
+
+def test_the_numbers_of_a_mix():
+    spec = mixed({"nca_pair": 0.5, "sigmoid": 0.5, "exo_pair": 2.0}, {"label_smoothing": 0.2, "ld_alpha": 0.5})
+    assert [(part.name, part.weight, part.beta) for part in spec.parts] == [
+        ("exo_pair", 2.0, 0.1),
+        ("sigmoid", 0.5, 0.1),
+        ("nca_pair", 0.5, 0.01),
+    ]
+    assert [part.label_smoothing for part in spec.parts] == [0.2, 0.2, 0.0]
+    assert all(part.ld_alpha == 0.5 for part in spec.parts)
+    assert LossSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_gradient_of_a_mix():
+    columns = [torch.randn(4, dtype=torch.float64, requires_grad=n < 2) for n in range(4)]
+    spec = mixed(MIX, {"beta": 0.7})
+    loss = lambda w, x: row_losses(replace(inputs(w, x, *columns[2:]), baseline=0.3), spec)  # noqa: E731
+    assert torch.autograd.gradcheck(loss, columns[:2])
 
 
 def test_pair_weights():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_service.specs.loss import LossSpec
+from dpo_service.specs.loss import LossSpec, mixed
 from dpo_service.train.losses import LossInputs, pair_weights, row_losses
 
 PAIRS, LENGTH = 16, 12
@@ -20,6 +20,7 @@ CASES = [
     ("sigmoid_norm", "sigmoid_norm", {"beta": 5.0}),
     ("exo_pair", "exo_pair", {"beta": 0.3, "label_smoothing": 0.05}),
     ("nca_pair", "nca_pair", {"beta": 0.3}),
+    ("bco_pair", "bco_pair", {"beta": 0.3}),
     ("apo_zero", "apo_zero", {"beta": 0.3}),
     ("apo_down", "apo_down", {"beta": 0.3}),
     ("discopop", "discopop", {"beta": 0.3, "discopop_tau": 0.05}),
@@ -97,7 +98,7 @@ class Model:
         )
 
 
-def trl_loss(batch: Batch, loss_type: str, spec: LossSpec) -> float:
+def trl_loss(batch: Batch, loss_type: str | list[str], spec: LossSpec, weights: list[float] | None = None) -> float:
     """DPOTrainer._compute_loss, with as much of a trainer as it reads."""
     from trl import DPOTrainer
 
@@ -107,8 +108,8 @@ def trl_loss(batch: Batch, loss_type: str, spec: LossSpec) -> float:
         model=model,
         accelerator=accelerator,
         args=SimpleNamespace(discopop_tau=spec.discopop_tau),
-        loss_types=[loss_type],
-        loss_weights=[1.0],
+        loss_types=[loss_type] if isinstance(loss_type, str) else loss_type,
+        loss_weights=weights or [1.0],
         beta=spec.beta,
         label_smoothing=spec.label_smoothing,
         f_divergence_type="reverse_kl",
@@ -131,6 +132,28 @@ def test_equals_trl(name, loss_type, numbers):
         factor = 2 if name == "sppo" else 1  # TRL leaves out the paper's 1/2
         ours = factor * row_losses(batch.ours(), spec).mean().item()
         assert ours == pytest.approx(trl_loss(batch, loss_type, spec), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("losses", "numbers"),
+    [
+        ({"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}, {"beta": 0.3}),
+        ({"hinge": 1.0, "exo_pair": 2.5}, {"beta": 0.2, "label_smoothing": 0.05}),
+        ({"robust": 0.5, "apo_zero": 0.25}, {"beta": 0.2, "label_smoothing": 0.05, "wpo": True}),
+    ],
+    ids=str,
+)
+def test_a_mix_equals_trl(losses, numbers):
+    """Chosen answers of one length: TRL averages the likelihood over the batch's tokens, we over each answer's."""
+    spec = mixed(losses, numbers)
+    for seed in range(5):
+        batch = Batch(seed)
+        batch.tokens_S[:PAIRS] = 6
+        batch.mask_SL = torch.arange(LENGTH) < batch.tokens_S[:, None]
+        batch.logps_SL = torch.where(batch.mask_SL, batch.logps_SL - 0.1, 0)
+        batch.squares_SL = batch.squares_SL * batch.mask_SL
+        theirs = trl_loss(batch, list(losses), spec, list(losses.values()))
+        assert row_losses(batch.ours(), spec).mean().item() == pytest.approx(theirs, rel=1e-6, abs=1e-6)
 
 
 def trl_kto(batch: Batch, labels: torch.Tensor, kl_S: torch.Tensor, spec: LossSpec) -> float:

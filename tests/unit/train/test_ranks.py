@@ -28,6 +28,7 @@ KINDS = {
     "ddp-lora": {"resources": DDP, "reference": "live", "lora": LORA},
     "ddp-refresh": {"resources": DDP, "reference": "live", "refresh": RefreshSpec(every_steps=1, alpha=0.5)},
     "ddp-kto": {"resources": DDP, "reference": "live", "loss": "kto", "micro_batch_size": 2},
+    "ddp-bco": {"resources": DDP, "loss": "bco_pair", "micro_batch_size": 2},
     "fsdp": {"resources": FSDP, "micro_batch_size": 1},
     "fsdp-live": {"resources": FSDP, "reference": "live", "activation_checkpointing": True},
     "fsdp-lora": {"resources": FSDP, "reference": "live", "lora": LORA, "micro_batch_size": 1},
@@ -35,7 +36,7 @@ KINDS = {
     "fsdp-sft": {"resources": FSDP, "loss": "sft", "micro_batch_size": 1},
 }
 HALF = {"fsdp-bfloat16": {"resources": FSDP, "reference": "live", "precision": "bfloat16"}}
-RESUMED = ("ddp-lora", "ddp-refresh", "fsdp", "fsdp-lora")
+RESUMED = ("ddp-lora", "ddp-bco", "ddp-refresh", "fsdp", "fsdp-lora")
 OPTIONS = {"batch_size": 7, "steps": 4, "save_every_steps": 2}
 """Batches of 7, so that the ranks' shares differ: with one row a micro-batch, a sharded rank computes a blank one."""
 
