@@ -199,6 +199,7 @@ def test_state_goes_to_tensors_and_back(optimizer, dtype):
     before = build_optimizer(cut, spec(optimizer), seed=3)
     steps(cut, before, 3)
     again = build_optimizer(cut, spec(optimizer), seed=3)
-    load_optimizer_tensors(again, cut, {name: value.clone() for name, value in optimizer_tensors(before, cut).items()})
+    tensors = {name: value.clone() for name, value in optimizer_tensors(before, cut).items()}
+    load_optimizer_tensors(again, cut, tensors.items())
     steps(cut, again, 3, first=3)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
