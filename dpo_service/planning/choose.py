@@ -39,6 +39,8 @@ class Question:
     strategies: tuple[Strategy, ...] = ("ddp",)
     checkpointing: tuple[bool, ...] = (False,)
     """What may be chosen."""
+    shards: bool = True
+    """Whether fsdp can be had."""
     cores: int = 1
 
 
@@ -81,7 +83,7 @@ def _choices(question: Question) -> Iterator[Choice]:
         work = workload(
             question.lengths, question.batch_size, workers, question.rows, tokens, packed=question.shape.packs
         )
-        for strategy in question.strategies if workers > 1 else ("ddp",):
+        for strategy in question.strategies if workers > 1 and question.shards else ("ddp",):
             for checkpointing in question.checkpointing:
                 recipe = replace(
                     question.recipe,
@@ -98,11 +100,18 @@ def _choices(question: Question) -> Iterator[Choice]:
 Change = tuple[dict[str, Any], str, Question]
 
 
+Step = Callable[[Question], Change | None]
+
+
 def fixes(question: Question) -> list[Fix]:
-    """Single changes that make it fit; where none does alone, the shortest pile of them that does, in the order of what
-    they cost the result."""
+    """Single changes that make it fit; where none does alone, the shortest piles of them that do: one that spreads the
+    model over more devices, one that trains less of it."""
     alone = [fix for change in _changes(question) if (fix := _tried(change))]
-    return alone or _piled(question)
+    if alone:
+        return alone
+    free: tuple[Step, ...] = (_checkpointed, _small_micro_batch, _cached)
+    piles = [_piled(question, (*free, _sharded, _adapter)), _piled(question, (*free, _adapter, _four_bits, _larger))]
+    return list({fix.text: fix for fix in piles if fix}.values())
 
 
 def _tried(change: Change) -> Fix | None:
@@ -111,23 +120,23 @@ def _tried(change: Change) -> Fix | None:
     return Fix(fields, text, choice) if choice.fits(question.device) else None
 
 
-def _piled(question: Question) -> list[Fix]:
+def _piled(question: Question, steps: tuple[Step, ...]) -> Fix | None:
     fields: dict[str, Any] = {}
     texts = []
-    for step in (_checkpointed, _small_micro_batch, _cached, _adapter, _sharded, _larger):
+    for step in steps:
         change = step(question)
         if change is None:
             continue
         fields, question = fields | change[0], change[2]
         texts.append(change[1])
         if fix := _tried((fields, "; and ".join(texts), question)):
-            return [fix]
-    return []
+            return fix
+    return None
 
 
 def _changes(question: Question) -> Iterator[Change]:
-    steps: tuple[Callable[[Question], Change | None], ...] = (
-        _checkpointed, _small_micro_batch, _cached, _small_moments, _adapter, _sharded, _shorter, _larger,
+    steps: tuple[Step, ...] = (
+        _checkpointed, _small_micro_batch, _cached, _small_moments, _adapter, _four_bits, _sharded, _shorter, _larger,
     )  # fmt: skip
     for step in steps:
         if change := step(question):
@@ -148,14 +157,15 @@ def _small_micro_batch(question: Question) -> Change | None:
 
 
 def _cached(question: Question) -> Change | None:
-    if question.recipe.reference != "live":
+    if question.recipe.reference != "live" or question.recipe.lora_rank:
         return None
     changed = replace(question, recipe=replace(question.recipe, reference="cached"))
     return {"reference": "cached"}, "set reference to cached", changed
 
 
 def _small_moments(question: Question) -> Change | None:
-    if question.recipe.optimizer != "adamw" or question.recipe.lora_rank or not question.recipe.cuda:
+    recipe = question.recipe
+    if recipe.optimizer != "adamw" or recipe.lora_rank or not recipe.cuda or question.strategies == ("fsdp",):
         return None
     changed = replace(question, recipe=replace(question.recipe, optimizer="adamw_8bit"))
     return {"optimizer": "adamw_8bit"}, "set optimizer to adamw_8bit", changed
@@ -168,10 +178,23 @@ def _adapter(question: Question) -> Change | None:
     return {"lora": {"rank": ADAPTER_RANK}}, f"train a LoRA adapter (lora: {{rank: {ADAPTER_RANK}}})", changed
 
 
+def _four_bits(question: Question) -> Change | None:
+    """An adapter over a base of 4 bits, whose reference is that base and never cached."""
+    recipe = question.recipe
+    if recipe.four_bits or not recipe.cuda or question.shape.experts or question.strategies == ("fsdp",):
+        return None
+    rank, reference = recipe.lora_rank or ADAPTER_RANK, recipe.reference if recipe.reference == "none" else "live"
+    changed = replace(question, recipe=replace(recipe, lora_rank=rank, four_bits=True, reference=reference))
+    fields: dict[str, Any] = {"lora": {"rank": rank, "quantize": "nf4"}}
+    if recipe.reference == "cached":
+        fields["reference"] = "auto"
+    return fields, "train an adapter over a base of 4 bits (lora.quantize: nf4)", replace(changed, shards=False)
+
+
 def _sharded(question: Question) -> Change | None:
     """The fewest workers over which it fits, doubling; the batch grows where it is smaller than their number."""
     workers, most = question.recipe.workers, min(MOST_WORKERS, len(question.lengths))
-    if not question.recipe.cuda or workers >= most:
+    if not question.recipe.cuda or workers >= most or not question.shards:
         return None
     if question.strategies == ("fsdp",) or workers == 1:
         workers = 2 * workers

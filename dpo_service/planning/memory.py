@@ -27,6 +27,7 @@ from dpo_service.specs.optim import OptimizerName
 from dpo_service.specs.run import Precision
 
 FLOAT32, BFLOAT16 = 4, 2
+FOUR_BITS = 0.5 + 0.127 / 8
 CHUNK_LOGITS = 2**24
 MIN_CHUNK = 128
 """As in train/head.py."""
@@ -61,6 +62,8 @@ class Recipe:
     lora_rank: int = 0
     """0 trains every weight."""
     lora_targets: tuple[str, ...] | None = None
+    four_bits: bool = False
+    """The frozen base's matrices under an adapter are kept in 4 bits."""
     reference: Reference = "cached"
     strategy: Strategy = "ddp"
     workers: int = 1
@@ -154,11 +157,20 @@ def _lasting(shape: ModelShape, recipe: Recipe) -> dict[str, float]:
     share, trained = recipe.share, trained_parameters(shape, recipe)
     frozen_copy = recipe.reference == "live" and not recipe.lora_rank
     return {
-        "weights": (shape.parameters * recipe.weight_bytes + (trained * FLOAT32 if recipe.lora_rank else 0)) * share,
+        "weights": (_base_bytes(shape, recipe) + (trained * FLOAT32 if recipe.lora_rank else 0)) * share,
         "optimizer": recipe.moment_bytes * trained * share,
         "reference": shape.parameters * recipe.weight_bytes * share if frozen_copy else 0,
         "framework": CUDA_FRAMEWORK if recipe.cuda else CPU_FRAMEWORK,
     }
+
+
+def _base_bytes(shape: ModelShape, recipe: Recipe) -> float:
+    """Of the model itself. A number of 4 bits has a share of two scales beside it (QLoRA, arXiv 2305.14314, section 3);
+    embedding, head, norms and experts stay as they are."""
+    if not recipe.four_bits:
+        return shape.parameters * recipe.weight_bytes
+    packed = shape.layers * sum(linear.into * linear.out for linear in shape.linears.values())
+    return packed * FOUR_BITS + (shape.parameters - packed) * recipe.weight_bytes
 
 
 def _moments(shape: ModelShape, recipe: Recipe, load: Load) -> dict[str, dict[str, float]]:

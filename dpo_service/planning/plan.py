@@ -107,7 +107,7 @@ def make_plan(
     """
     if not device.cuda and host_memory:
         device = replace(device, memory=host_memory / run.resources.workers)
-    question = _question(run, shape, lengths, device)
+    question = replace(_question(run, shape, lengths, device), shards=_shards(spec))
     choice = choose(question)
     found = [] if choice.fits(device) else fixes(question)
     return _plan(question, choice, run).model_copy(
@@ -128,7 +128,7 @@ def _better(spec: JobSpec, question: Question, decided: Choice) -> PlanFix | Non
     free = replace(
         question,
         tokens=None if spec.micro_batch_tokens == AUTO else question.tokens,
-        strategies=STRATEGIES if spec.resources.strategy == AUTO else question.strategies,
+        strategies=STRATEGIES if spec.resources.strategy == AUTO and _shards(spec) else question.strategies,
         checkpointing=(False, True) if spec.activation_checkpointing == AUTO else question.checkpointing,
     )
     best = choose(free)
@@ -142,6 +142,13 @@ def _better(spec: JobSpec, question: Question, decided: Choice) -> PlanFix | Non
         change["activation_checkpointing"] = best.recipe.checkpointing
     text = ", ".join(f"{field}: {str(value).lower()}" for field, value in change.items())
     return _fix(f"set {text}", change, best)
+
+
+def _shards(spec: JobSpec) -> bool:
+    """As the job's own checks have it."""
+    whole = spec.lora is not None and (spec.lora.dora or spec.lora.quantize != "none")
+    plain = spec.precision != "pure_bfloat16" and spec.optimizer == "adamw"
+    return plain and not whole and spec.reference_refresh is None
 
 
 def _question(run: RunSpec, shape: ModelShape, lengths: Lengths, device: Device) -> Question:
@@ -166,6 +173,7 @@ def recipe_of(run: RunSpec, *, cuda: bool) -> Recipe:
         precision=run.precision,
         lora_rank=run.lora.rank if run.lora else 0,
         lora_targets=run.lora.target_modules if run.lora else None,
+        four_bits=run.lora is not None and run.lora.quantize == "nf4",
         reference=run.reference.mode,
         workers=run.resources.workers,
         checkpointing=run.activation_checkpointing,

@@ -13,7 +13,7 @@ from dpo_service.planning.memory import Load
 from dpo_service.rows.facts import Facts
 from dpo_service.rows.plan import BatchPlan
 
-SAMPLED_STEPS = 64
+SAMPLED_ROWS, MOST_SAMPLED_STEPS, LEAST_SAMPLED_STEPS = 8192, 64, 4
 """Steps whose micro-batches are looked at: enough for a mean, little enough for a request."""
 
 
@@ -96,7 +96,8 @@ def workload(
     plan = BatchPlan(len(lengths), batch_size, 1, None, shuffle=True, seed=0, lengths=lengths.total)
     step_of = {int(row): step for step in range(plan.total_steps) for row in plan.rows(step)}
     longest = step_of[int(lengths.total.argmax())]
-    sampled = sorted({longest, *np.linspace(0, plan.total_steps - 1, SAMPLED_STEPS).astype(int).tolist()})
+    count = min(MOST_SAMPLED_STEPS, max(LEAST_SAMPLED_STEPS, SAMPLED_ROWS // batch_size))
+    sampled = sorted({longest, *np.linspace(0, plan.total_steps - 1, count).astype(int).tolist()})
     steps, everything = [], list[Load]()
     for step in sampled:
         shares = plan.assign(step, workers, rows, tokens)

@@ -52,6 +52,16 @@ def test_where_nothing_helps_alone_changes_are_piled_up():
     assert {"activation_checkpointing", "reference", "lora"} <= pile.change.keys()
 
 
+def test_a_base_of_four_bits_fits_on_a_small_device_and_is_not_sharded():
+    small = question(recipe=Recipe(precision="bfloat16", workers=1, lora_rank=16), device=DEVICES["L4"], tokens=2048)
+    found = {fix.text: fix for fix in fixes(replace(small, checkpointing=(True,)))}
+    (four,) = [fix for fix in found.values() if fix.choice.recipe.four_bits]
+    assert four.change == {"lora": {"rank": 16, "quantize": "nf4"}, "reference": "auto"}
+    assert four.choice.memory.parts["weights"] < 0.4 * choose(small).memory.parts["weights"]
+    sharded = replace(small, shards=False, strategies=("ddp", "fsdp"), recipe=replace(small.recipe, workers=4))
+    assert choose(sharded).recipe.strategy == "ddp"
+
+
 def test_a_mean_step_takes_as_long_on_twice_the_devices_with_twice_the_batch():
     small = choose(question(strategies=("fsdp",)))
     large = choose(question(strategies=("fsdp",), batch_size=128, recipe=Recipe(precision="bfloat16", workers=16)))
