@@ -6,6 +6,7 @@ what the training step gets is a `LossSpec` (loss.py) and a `ReferenceSpec`, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -56,7 +57,8 @@ class SupervisedHyperparameters(Spec):
 class DpoHyperparameters(SupervisedHyperparameters):
     """Which of these a loss takes is in `LOSS_TABLE`; one that it does not take is refused."""
 
-    loss: DpoLoss = "sigmoid"
+    loss: DpoLoss | None = "sigmoid"
+    """Null where `losses` takes its place."""
     losses: dict[MixName, Annotated[float, Field(gt=0, le=100)]] | None = None
     """Several losses by weight, instead of `loss` (MPO); `sft` is the chosen answer's likelihood. A number goes to
     those of them that take it; what is left out is what each one's authors use."""
@@ -87,9 +89,16 @@ class DpoHyperparameters(SupervisedHyperparameters):
             )
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _losses_for_loss(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("losses") is not None:
+            return {"loss": None, **values}
+        return values
+
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
-        if self.losses is not None and "loss" in self.model_fields_set:
+        if (self.loss is None) == (self.losses is None):
             raise ValueError("loss and losses exclude each other; give one of them")
         return self
 
@@ -101,8 +110,10 @@ class DpoHyperparameters(SupervisedHyperparameters):
             return value
         if losses := info.data.get("losses"):
             why = mix_refusal(losses, info.field_name, value)
+        elif loss := info.data["loss"]:
+            why = refusal(loss, info.field_name, value)
         else:
-            why = refusal(info.data["loss"], info.field_name, value)
+            why = None  # neither is given, which is refused as such
         if why:
             raise ValueError(why)
         return value
@@ -209,7 +220,7 @@ class MethodSpec(Spec):
         asked = self.hyperparameters
         if isinstance(asked, DpoHyperparameters) and asked.losses is not None:
             return mixed(asked.losses, asked.loss_options())
-        name = asked.loss if isinstance(asked, DpoHyperparameters) else self.row.loss
+        name = (asked.loss if isinstance(asked, DpoHyperparameters) else None) or self.row.loss
         return LossSpec.model_validate({"name": name, **asked.loss_options()})
 
 

@@ -85,6 +85,11 @@ async def test_create_answers_with_every_number_decided(api):
             {"type": "dpo", "dpo": {"hyperparameters": {"loss": "discopop", "rpo_alpha": 0.5}}},
             {"loss": "discopop", "beta": 0.1, "discopop_tau": 0.05, "rpo_alpha": 0.5, **UNWEIGHTED},
         ),
+        (
+            {"type": "dpo", "dpo": {"hyperparameters": {"losses": {"sigmoid": 0.8, "nca_pair": 0.2, "sft": 1}}}},
+            {"losses": {"sigmoid": 0.8, "nca_pair": 0.2, "sft": 1}, "wpo": False},
+        ),
+        ({"type": "kto"}, {"beta": 0.1, "desirable_weight": 1, "undesirable_weight": 1}),
         ({"type": "orpo"}, {"lam": 0.1}),
         ({"type": "ipo"}, {"beta": 0.1, "length_normalize": True, "rpo_alpha": 0, "wpo": False}),
     ],

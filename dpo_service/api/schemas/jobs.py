@@ -13,6 +13,7 @@ from dpo_service.jobs.tables import Job, JobCheckpoint, JobEvent
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.specs.job import JobSpec
 from dpo_service.specs.loss import LossSpec
+from dpo_service.specs.method import DpoHyperparameters
 from dpo_service.specs.run import RunSpec
 
 Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
@@ -133,9 +134,13 @@ def _unix(moment: datetime | None) -> int | None:
 
 def _hyperparameters(spec: JobSpec, run: RunSpec) -> dict[str, Any]:
     """As submitted, with what "auto" has become, and without what the loss does not take. The multiplier stays as it
-    was given."""
+    was given; so do the numbers of a mix of losses, because what is left out is another number for each of them."""
     given = spec.method.hyperparameters.model_dump(mode="json")
-    decided = run.loss.model_dump() | {"batch_size": run.batch.batch_size, "n_epochs": run.batch.n_epochs}
+    batch = {"batch_size": run.batch.batch_size, "n_epochs": run.batch.n_epochs}
+    if given.pop("losses", None) and isinstance(spec.method.hyperparameters, DpoHyperparameters):
+        asked = {name: value for name, value in given.items() if value != "auto" and name != "loss"}
+        return {**asked, **batch, "losses": spec.method.hyperparameters.losses}
+    decided = run.loss.model_dump() | batch
     values = {name: decided.get(name, value) if value == "auto" else value for name, value in given.items()}
     return {name: value for name, value in values.items() if name not in LossSpec.model_fields or name in decided}
 

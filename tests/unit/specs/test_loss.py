@@ -126,6 +126,8 @@ def test_what_is_left_open_is_the_authors_default(loss):
         ("dpo", {"losses": {"sigmoid": 1.0, "hinge": 0}}, "greater than 0"),
         ("dpo", {"losses": {"apo_down": 1.0, "sft": 1.0}}, "remove one"),
         ("dpo", {"loss": "hinge", "losses": {"sigmoid": 1.0, "sft": 1.0}}, "exclude each other"),
+        ("dpo", {"loss": None}, "give one of them"),
+        ("dpo", {"loss": None, "beta": 0.2}, "give one of them"),
         ("dpo", {"losses": {"sigmoid": 1.0, "sft": 1.0}, "rpo_alpha": 1.0}, "give one of the two"),
         ("dpo", {"losses": {"sigmoid": 1.0, "hinge": 1.0}, "discopop_tau": 0.1}, "has no discopop_tau"),
         ("dpo", {"losses": {"sigmoid": 1.0, "sigmoid_norm": 1.0}, "ld_alpha": 0.5}, "'sigmoid_norm' has no ld_alpha"),
@@ -138,6 +140,17 @@ def test_what_is_left_open_is_the_authors_default(loss):
 def test_numbers_that_cannot_work_are_refused_by_name(method, chosen, says):
     with pytest.raises(ValidationError, match=says):
         job(method, chosen)
+
+
+def test_a_stored_mix_is_read_as_it_was():
+    spec = job("dpo", {"losses": {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}, "beta": 0.3})
+    again = JobSpec.model_validate(spec.model_dump(mode="json"))
+    assert loss_of(again) == loss_of(spec)
+    assert [(part.name, part.weight, part.beta) for part in loss_of(spec).parts] == [
+        ("sigmoid", 0.8, 0.3),
+        ("bco_pair", 0.2, 0.3),
+    ]
+    assert (loss_of(spec).rpo_alpha, choices._optim(spec).learning_rate) == (1.0, LOSS_TABLE["sigmoid"].learning_rate)
 
 
 def test_an_option_that_is_left_to_the_service_is_no_option():

@@ -9,7 +9,6 @@ import pytest
 
 from dpo_service.checkpoint.load import newest_valid
 from dpo_service.cli.jobfile import load
-from dpo_service.jobs import choices
 from dpo_service.specs.job import JobSpec
 from dpo_service.specs.loss import LOSS_TABLE
 from dpo_service.specs.method import METHODS
@@ -96,15 +95,3 @@ def test_weights_of_tokens_and_pairs_hold_however_a_step_is_cut_and_for_every_re
 
 def test_every_method_has_an_example():
     assert {JobSpec.model_validate(load(path)).method.type for path in CONFIGS} == set(METHODS)
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_loss_of_every_example_trains(tmp_path, model_dir, path):
-    spec = JobSpec.model_validate(load(path))
-    numbers = choices._loss(spec).model_dump()
-    recorded = Recorder()
-    reference = {} if choices._reference(spec) == "none" else {"reference": choices._reference(spec)}
-    job = make_job(tmp_path, model_dir, loss=numbers.pop("name"), loss_options=numbers, steps=2, **reference)
-    assert (job.run.loss, job.run.reference.mode) == (choices._loss(spec), choices._reference(spec))
-    assert job.train(reports=recorded).steps == 2
-    assert recorded.values["eval", 2]["loss"] != recorded.values["eval", 0]["loss"]
