@@ -60,6 +60,7 @@ async def test_every_example_trains(root: Path, tmp_path: Path, ray_connected: N
         if "validation_file" in document:
             document["validation_file"] = await upload(world, [row(kind, number) for number in range(ROWS, ROWS + 4)])
         spec = JobSpec.model_validate(document | ({"max_length": 256} if "max_length" in document else {}))
+        assert JobSpec.model_validate(spec.model_dump(mode="json")) == spec, "as the database gives it back"
         run, report = await admit(
             spec, database=world.database, store=world.store, cluster=world.cluster, settings=world.settings
         )
@@ -73,7 +74,9 @@ async def test_every_example_trains(root: Path, tmp_path: Path, ray_connected: N
 
 def _run(run: RunSpec, store: Store, spool: Path) -> tuple[TrainOutcome, dict[str, float]]:
     """What the runner does, on this process as the only worker."""
-    attempt = AttemptSpec(run=run, attempt=1, report_url=None, report_token="")
+    written = AttemptSpec(run=run, attempt=1, report_url=None, report_token="").model_dump_json()
+    attempt = AttemptSpec.model_validate_json(written)
+    assert attempt.run == run
     model_dir = runner.locate_model(store, run.model)
     digest = digest_of(model_dir)
     with Reporter(spool, "driver", url=None, token="") as reporter:
