@@ -42,6 +42,9 @@ def _besides(entry: dict[str, Any]) -> str:
         said.append(f"planned memory within {entry['largest_error']:.0%} of measured, {len(entry['cases'])} settings")
     if "gain" in entry:
         said.append(", ".join(f"{name} {gain:.2f}x" for name, gain in entry["gain"].items() if name != "plain"))
+    if "share_of_step_time" in entry:
+        shares = entry["share_of_step_time"], entry["setting"]["steps"]
+        said.append(f"{shares[0]['ours']:.1%} of the time of {shares[1]} steps")
     if "around_the_steps" in entry:
         said.append(f"{entry['around_the_steps']:.0f} s around {entry['stages']['steps']:.0f} s of steps")
     return "; ".join(said)
