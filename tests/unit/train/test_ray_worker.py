@@ -70,6 +70,16 @@ def test_killed_worker_resumes_from_the_last_checkpoint(tmp_path, model_dir, ray
     ]
 
 
+def test_sharded_workers_train_what_one_trains(tmp_path, model_dir, ray_connected):
+    alone = Recorder()
+    make_job(tmp_path / "alone", model_dir, steps=2).train(reports=alone)
+    job = make_job(tmp_path / "ray", model_dir, resources=ResourceSpec(workers=2, strategy="fsdp"), steps=2)
+    outcome = run_attempt(job)
+    assert (outcome.steps, outcome.checkpoint) == (2, paths.checkpoint_dir("j", 2))
+    losses = [r.data["loss"] for r in reports(job) if r.type == "metrics" and r.data["split"] == "train"]
+    assert losses == pytest.approx(alone.losses(), rel=1e-5)
+
+
 def test_non_finite_loss_is_not_retried(tmp_path, model_dir, ray_connected):
     job = make_job(tmp_path, model_dir, steps=20)
     job.run = job.run.model_copy(update={"optim": job.run.optim.model_copy(update={"learning_rate": 1e30})})
