@@ -45,8 +45,11 @@ class EndpointSpec(Spec):
     sending other secrets of the service to an address it chose."""
     structured: Literal["json_schema", "json_object", "text"] = "json_schema"
     """How far the endpoint can be held to JSON. Replies are read with the same tolerance in each case."""
-    temperature: Temperature = 0.0
+    temperature: Temperature | None = 0.0
+    """None = the endpoint's own; some models take no other."""
     max_tokens: Annotated[int, Field(ge=1, le=131072)] = 1024
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """The field of the request that says so; OpenAI's reasoning models know the second only."""
     limits: LimitsSpec = LimitsSpec()
     price: PriceSpec | None = None
     spend_cap: Annotated[float, Field(gt=0)] | None = None

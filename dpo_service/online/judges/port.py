@@ -64,6 +64,9 @@ class Usage:
         )
 
 
+NO_USAGE = Usage()
+
+
 @dataclass(frozen=True)
 class PairVerdict:
     """What a judge said of the answers `first` and `second` (their places in the request), asked in both orders."""
@@ -98,7 +101,7 @@ class Verdict:
     pairs: tuple[PairVerdict, ...] = ()
     replies: tuple[str, ...] = ()
     """What the judge said, word for word."""
-    usage: Usage = Usage()
+    usage: Usage = NO_USAGE
     seconds: float = 0.0
     cached: bool = False
 

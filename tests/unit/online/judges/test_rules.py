@@ -7,6 +7,7 @@ import pytest
 from dpo_service.errors import InvalidSpec, JudgeError
 from dpo_service.online.judges.port import Answer, Judge, JudgeRequest
 from dpo_service.online.judges.rules import RulesJudge
+from dpo_service.online.judges.verifiers import patterns
 from dpo_service.specs.judge import RulesJudgeSpec
 
 PACKAGE = """
@@ -111,7 +112,8 @@ async def test_without_an_expected_value_there_is_no_score_and_not_zero():
     assert not verdict.complete
 
 
-async def test_a_pattern_that_backtracks_without_end_costs_the_score_only():
+async def test_a_pattern_that_backtracks_without_end_costs_the_score_only(monkeypatch):
+    monkeypatch.setattr(patterns, "LONGEST_SECONDS", 0.2)
     verdict = await scores([{"rule": "pattern", "pattern": r"(?:a|aa)*[bc]", "whole": True}], "a" * 60, "b")
     assert (verdict.scores, verdict.missing) == ((None, 1.0), ("timeout", None))
 
