@@ -65,7 +65,8 @@ class JobSpec(Spec):
     activation_checkpointing: Auto[bool] = AUTO
     """Compute each layer again in the backward pass rather than keep what it computed."""
     compile: bool = False
-    """torch.compile the layers: for GPUs; on a CPU it costs a minute at the start and gains nothing."""
+    """torch.compile the layers. Off unless asked for: on two CPU cores it saved 3 to 9% of a step (40M parameters,
+    float32) after 8 to 20 s of compiling, or minutes on a busy machine."""
     router_aux_loss_coef: Auto[Annotated[float, Field(ge=0, le=1)]] = AUTO
     """Weight of the load-balancing loss of a mixture of experts; auto: what the model's configuration says."""
     shuffle: bool = True

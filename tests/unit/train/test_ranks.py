@@ -35,7 +35,10 @@ KINDS = {
     "fsdp-kto": {"resources": FSDP, "reference": "live", "loss": "kto", "micro_batch_size": 1},
     "fsdp-sft": {"resources": FSDP, "loss": "sft", "micro_batch_size": 1},
 }
-HALF = {"fsdp-bfloat16": {"resources": FSDP, "reference": "live", "precision": "bfloat16"}}
+HALF = {
+    "fsdp-bfloat16": {"resources": FSDP, "reference": "live", "precision": "bfloat16"},
+    "ddp-pure-bfloat16": {"resources": DDP, "reference": "live", "precision": "pure_bfloat16"},
+}
 RESUMED = ("ddp-lora", "ddp-bco", "ddp-refresh", "fsdp", "fsdp-lora")
 OPTIONS = {"batch_size": 7, "steps": 4, "save_every_steps": 2}
 """Batches of 7, so that the ranks' shares differ: with one row a micro-batch, a sharded rank computes a blank one."""
@@ -171,6 +174,13 @@ def test_sharded_float32_weights_are_put_together(pairs, tmp_path):
     resumed = Recorder()
     job.train(reports=resumed)
     assert resumed.losses() == pytest.approx(pair.alone.losses()[2:], rel=2e-2)
+
+
+def test_pure_bfloat16_on_two_ranks_follows_one(pairs):
+    """To the arithmetic's own noise: a micro-batch of another shape rounds otherwise."""
+    pair = pairs["ddp-pure-bfloat16"]
+    assert pair.together.losses() == pytest.approx(pair.alone.losses(), rel=2e-2)
+    assert {value.dtype for name, value in saved(pair.two).items() if "|step" not in name} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", RESUMED)
