@@ -43,9 +43,15 @@ def save_tokenizer(directory: Path, *, vocabulary: int = 400, chat_template: str
 
 
 def save_tiny_llama(
-    directory: Path, *, seed: int = 0, hidden: int = 64, layers: int = 2, chat_template: str | None = CHAT_TEMPLATE
+    directory: Path,
+    *,
+    seed: int = 0,
+    hidden: int = 64,
+    layers: int = 2,
+    context: int = 512,
+    chat_template: str | None = CHAT_TEMPLATE,
 ) -> Path:
-    """A random Llama of `layers` layers with a tokenizer of 400 tokens and a context of 512."""
+    """A random Llama of `layers` layers with a tokenizer of 400 tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -58,7 +64,7 @@ def save_tiny_llama(
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,

@@ -61,6 +61,8 @@ class EndpointSpec(Spec):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError(f"{url!r} is no base address; write it like https://api.openai.com/v1")
+        if parts.port == 0:  # reading it refuses what is no port
+            raise ValueError(f"{url!r} names the port 0; give the port that the endpoint listens on")
         if parts.username is not None or parts.password is not None:
             raise ValueError("the address holds a user or password; name a variable in api_key_env instead")
         return url.rstrip("/")
@@ -123,6 +125,8 @@ class SelfRewardingJudgeSpec(Spec):
     """The score is the mean of so many."""
     temperature: Temperature = 0.7
     max_tokens: Annotated[int, Field(ge=1, le=131072)] = 512
+    limits: LimitsSpec = LimitsSpec(timeout_seconds=600, concurrency=256)
+    """The sampler makes batches itself, so it is given many at once."""
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Self:

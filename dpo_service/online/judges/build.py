@@ -2,7 +2,8 @@
 
     Counted ──> Cached ──> the judge ──> Paid ──> Retry ──> Breaker ──> Limit ──> Timeout ──> the endpoint
 
-A judge without an endpoint has the part left of it only; rules, and the policy, which moves, are never cached.
+The policy as its own judge is neither paid for nor cached: it moves. Rules and reward models ask nobody; rules are as
+quick as the cache would be.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _cached(judge: Judge, wanted: bool, around: Surroundings) -> Judge:
 
 def _self_rewarding(spec: SelfRewardingJudgeSpec, around: Surroundings) -> SelfRewardingJudge:
     assert around.policy is not None, "the loop gives its sampler to a policy that judges itself"
-    return SelfRewardingJudge(spec, around.policy)
+    return SelfRewardingJudge(spec, protected(around.policy, spec.limits))
 
 
 def _reward_model(spec: RewardModelJudgeSpec, around: Surroundings) -> Judge:

@@ -32,7 +32,7 @@ class Endpoint:
             InvalidSpec: the variable that should hold the key is not set.
         """
         self._spec = spec
-        key = _key(spec, environ)
+        self._key = key = _key(spec, environ)
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=None,
@@ -48,7 +48,7 @@ class Endpoint:
         """
         try:
             answer = await self._client.post(f"{self._spec.base_url}/chat/completions", json=self._body(request))
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise JudgeCallFailed(
                 f"no reply from {self._spec.base_url}: {error!r}", reason="connection", passing=True
             ) from None
@@ -76,7 +76,8 @@ class Endpoint:
 
     def _problem(self, answer: httpx.Response) -> JudgeError:
         status = answer.status_code
-        said = f"{self._spec.base_url} answered {status}: {answer.text[:_SHOWN]}"
+        words = answer.text.replace(self._key, "***") if self._key else answer.text
+        said = f"{self._spec.base_url} answered {status}: {words[:_SHOWN]}"
         if status in (401, 403):
             name = self._spec.api_key_env or "none; set endpoint.api_key_env"
             return JudgeError(f"the judge's endpoint refuses the key (variable {name}). {said}")

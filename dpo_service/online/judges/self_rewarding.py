@@ -24,7 +24,7 @@ class SelfRewardingJudge:
     def __init__(self, spec: SelfRewardingJudgeSpec, policy: Complete) -> None:
         self._spec = spec
         self._policy = policy
-        self.digest = digest_of(spec, prompts.ADDITIVE)
+        self.digest = digest_of(spec, prompts.ADDITIVE, without=("limits",))
 
     async def judge(self, request: JudgeRequest) -> Verdict:
         return await sampled_scores(self.name, request, self._score, self._spec.samples, statistics.fmean)

@@ -28,6 +28,7 @@ def test_an_address_loses_its_last_slash():
         ({"kind": "pairwise", "endpoint": {**ENDPOINT, "api_key_env": "AWS_SECRET_ACCESS_KEY"}}, "DPO_JUDGE_"),
         ({"kind": "pairwise", "endpoint": {**ENDPOINT, "base_url": "file:///etc"}}, "no base address"),
         ({"kind": "pairwise", "endpoint": {**ENDPOINT, "base_url": "https://u:p@host/v1"}}, "api_key_env"),
+        ({"kind": "pairwise", "endpoint": {**ENDPOINT, "base_url": "https://host:123456/v1"}}, "[Pp]ort"),
         ({"kind": "pairwise", "endpoint": {**ENDPOINT, "spend_cap": 1}}, "price"),
         (
             {"kind": "pairwise", "endpoint": {**ENDPOINT, "spend_cap": 1, "price": FREE}},

@@ -1,4 +1,15 @@
-"""What a verifier is: a function of one answer, its row's reference answer and the row's columns."""
+"""What a verifier is: a function of one answer and its request (the prompt, the reference answer, the row's columns).
+
+A package brings its own by an entry point that names a factory, here `make` of the module `ours`:
+
+    [project.entry-points."dpo_service.verifiers"]
+    compiles = "ours:make"
+
+    def make(options):                                   # the job's options; ValueError where one cannot be used
+        return lambda answer, request: 1.0 if ... else 0.0
+
+A job then asks for it by `{rule: registered, name: compiles}`. It is called on threads, several at once.
+"""
 
 from __future__ import annotations
 

@@ -142,8 +142,8 @@ async def test_the_key_comes_from_the_environment_and_is_in_no_message(server):
     endpoint = Endpoint(spec, {"DPO_JUDGE_KEY": "sk-secret"})
     await endpoint.complete(HELLO)
     assert server.headers[0]["authorization"] == "Bearer sk-secret"
-    server.script(status(401))
-    with pytest.raises(JudgeError) as refused:
+    server.script(PlainTextResponse("not sk-secret", 401))
+    with pytest.raises(JudgeError, match=r"not \*\*\*") as refused:
         await endpoint.complete(HELLO)
     assert "sk-secret" not in str(refused.value)
     await endpoint.close()

@@ -10,7 +10,7 @@ from dpo_service.online.judges.build import Surroundings, build_judge
 from dpo_service.online.judges.chat import Completion
 from dpo_service.online.judges.port import Answer, JudgeRequest, Usage
 from dpo_service.online.judges.scoring import read_ranks, read_score
-from dpo_service.specs.judge import ScoringJudgeSpec, SelfRewardingJudgeSpec
+from dpo_service.specs.judge import LimitsSpec, ScoringJudgeSpec, SelfRewardingJudgeSpec
 from tests.unit.online.judges.openai_kit import shown, status
 
 THREE = JudgeRequest("p", (Answer("xx"), Answer("xxxx"), Answer("x")))
@@ -113,8 +113,8 @@ class Policy:
         return Completion(reply, Usage(1, 50, 5))
 
 
-async def self_judged(policy, samples, *texts):
-    spec = SelfRewardingJudgeSpec(samples=samples)
+async def self_judged(policy, samples, *texts, attempts=1):
+    spec = SelfRewardingJudgeSpec(samples=samples, limits=LimitsSpec(attempts=attempts))
     judge = build_judge(spec, Surroundings(policy=policy)).judge
     return await judge.judge(JudgeRequest("Why?", tuple(Answer(text) for text in texts)))
 
@@ -127,6 +127,11 @@ async def test_the_policy_scores_itself_and_its_samples_are_averaged():
     question = policy.asked[0].messages[0].content
     assert all(part in question for part in ("Why?", "one", "Score:", "100 words"))
     assert policy.asked[0].temperature == 0.7
+
+
+async def test_a_sampler_that_fails_for_a_moment_is_asked_again():
+    verdict = await self_judged(Policy(None, "Score: 2"), 1, "one", attempts=2)
+    assert verdict.scores == (2,)
 
 
 async def test_a_policy_that_gives_no_score_is_asked_once_more_and_then_has_none():
