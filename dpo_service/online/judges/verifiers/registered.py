@@ -16,10 +16,10 @@ from dpo_service.online.judges.verifiers.matching import exact_match, length, wo
 from dpo_service.online.judges.verifiers.patterns import pattern
 from dpo_service.online.judges.verifiers.port import Verifier
 from dpo_service.online.judges.verifiers.structure import json_answer
-from dpo_service.specs.verifiers import VERIFIER_GROUP, Finished, Registered, Rule, installed_verifiers
+from dpo_service.specs.verifiers import VERIFIER_GROUP, Finished, Registered, RuleSpec, installed_verifiers
 
 
-def verifier_of(rule: Rule) -> Verifier:
+def verifier_of(rule: RuleSpec) -> Verifier:
     """The verifier that a rule of a job asks for.
 
     Raises:
@@ -28,7 +28,7 @@ def verifier_of(rule: Rule) -> Verifier:
     """
     if isinstance(rule, Registered):
         return _registered(rule)
-    return _BUILT_IN[getattr(rule, "rule")](rule)  # noqa: B009 (each rule declares its own literal)
+    return _BUILT_IN[rule.rule](rule)
 
 
 def finished(spec: Finished) -> Verifier:

@@ -11,7 +11,9 @@ from dpo_service.online.judges.verifiers import patterns
 from dpo_service.specs.judge import RulesJudgeSpec
 
 PACKAGE = """
-import math, time
+import math, threading
+
+gate = threading.Event()
 
 def starts_with(options):
     if set(options) != {"text"}:
@@ -25,7 +27,7 @@ def infinite(options):
     return lambda answer, request: math.inf
 
 def slow(options):
-    return lambda answer, request: time.sleep(0.5)
+    return lambda answer, request: gate.wait()
 """
 
 
@@ -136,8 +138,11 @@ async def test_an_installed_package_brings_verifiers():
     ],
 )
 async def test_a_verifier_that_fails_gives_no_score(name, text, options, why):
-    rule = {"rule": "registered", "name": name, "options": options, "timeout_seconds": 0.4 if name == "slow" else 60}
-    verdict = await scores([rule], text)
+    rule = {"rule": "registered", "name": name, "options": options, "timeout_seconds": 0.2 if name == "slow" else 60}
+    try:
+        verdict = await scores([rule], text)
+    finally:
+        sys.modules["somebodys_verifiers"].gate.set()
     assert (verdict.scores, verdict.missing) == ((None,), (why,))
 
 

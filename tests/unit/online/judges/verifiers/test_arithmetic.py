@@ -1,6 +1,8 @@
 from fractions import Fraction
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dpo_service.online.judges.verifiers.arithmetic import evaluate, final_number
 
@@ -53,3 +55,30 @@ def test_what_is_no_expression_or_too_large_has_no_value(expression):
 )
 def test_the_last_number_of_an_answer(text, value):
     assert final_number(text) == value
+
+
+def written(operator, one, other):
+    """The expression and its value, from those of its two parts."""
+    value = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}[operator](one[1], other[1])
+    return f"({one[0]}) {operator} ({other[0]})", value
+
+
+numbers = st.integers(0, 10**6).map(lambda n: (f"{n:,}", Fraction(n)))
+decimals = st.decimals(0, 100, places=2).map(lambda n: (str(n), Fraction(n)))
+expressions = st.recursive(
+    numbers | decimals, lambda part: st.builds(written, st.sampled_from("+-*"), part, part), max_leaves=8
+)
+
+
+@settings(deadline=None)
+@given(expressions)
+def test_any_expression_has_its_value_or_is_too_long(expression):
+    text, value = expression
+    assert evaluate(text) == (value if len(text) <= 200 else None)
+
+
+@settings(deadline=None)
+@given(st.text("0123456789+-*/^()%., #$\\{}boxedfrac", max_size=300))
+def test_no_text_does_harm(text):
+    evaluate(text)
+    final_number(text)
