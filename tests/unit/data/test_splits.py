@@ -23,6 +23,7 @@ def encoded(tmp_path):
     pq.write_table(table, tmp_path / "encoded.parquet")
     facts = np.zeros(4, FACTS)
     facts["line"] = [1, 2, 3, 4]
+    facts["label"] = np.nan
     facts["answer_cut"][2] = True
     return EncodedFile(BY_NAME["trl_text"], tmp_path / "encoded.parquet", facts)
 

@@ -85,7 +85,7 @@ def test_non_finite_loss_is_not_retried(tmp_path, model_dir, ray_connected):
     job.run = job.run.model_copy(update={"optim": job.run.optim.model_copy(update={"learning_rate": 1e30})})
     with pytest.raises(NonFiniteLoss, match=r"step \d+: the (loss|gradient norm) is"):
         run_attempt(job)
-    assert len([report for report in reports(job) if report.type == "message"]) == 1
+    assert len([report for report in reports(job) if report.message.startswith("Training on")]) == 1
     assert json.loads(job.store.read("jobs/j/attempts/1/train.json"))["error"] == "NonFiniteLoss"
 
 
