@@ -13,7 +13,7 @@ FILE_FIELDS = ("training_file", "validation_file")
 HYPERPARAMETERS = (
     "batch_size", "n_epochs", "learning_rate_multiplier", "loss", "losses", "beta", "label_smoothing", "discopop_tau",
     "length_penalty", "rpo_alpha", "wpo", "ld_alpha", "length_normalize", "lam", "gamma_beta_ratio", "desirable_weight",
-    "undesirable_weight",
+    "undesirable_weight", "accepted", "rejection_beta", "win_scale",
 )  # fmt: skip
 """What `--set name=value` puts into the method's own block."""
 

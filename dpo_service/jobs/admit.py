@@ -23,11 +23,11 @@ from dpo_service.clock import Clock, SystemClock
 from dpo_service.cluster.port import Capacity, Cluster
 from dpo_service.db.session import Database
 from dpo_service.errors import ClusterError, InvalidData, InvalidSpec, NotFound, Unavailable
-from dpo_service.jobs import choices
+from dpo_service.jobs import choices, sampled_choices
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.planning.workload import Lengths
 from dpo_service.registry import files
-from dpo_service.registry.models import ModelFacts, resolve
+from dpo_service.registry.models import ModelFacts, resolve, resolve_reward_model
 from dpo_service.registry.tables import File
 from dpo_service.rows.balance import notes
 from dpo_service.rows.check import MIN_ROWS, examine, require_rows
@@ -39,24 +39,38 @@ from dpo_service.rows.mismatch import mismatched_rows
 from dpo_service.rows.template import Tokenizer
 from dpo_service.settings import Settings
 from dpo_service.specs.job import JobSpec
+from dpo_service.specs.judge import RewardModelJudgeSpec, RulesJudgeSpec
 from dpo_service.specs.method import RowKind
 from dpo_service.specs.resources import ResourceSpec
-from dpo_service.specs.run import RunSpec
+from dpo_service.specs.run import ModelSource, RunSpec
 from dpo_service.storage.store import Store
 
 PURPOSE = "fine-tune"
+NOT_THERE_YET = frozenset({"online", "rso", "sppo", "spin", "self_rewarding"})
+"""Methods that can be written down and not yet run."""
 NEEDS = {
     "pairs": "preference pairs",
     "answers": "prompts with one answer each",
     "unpaired": "answers with a label each, or preference pairs",
+    "prompts": "prompts",
+    "demonstrations": "prompts with a reference answer each",
 }
-HOLDS = {**NEEDS, "unpaired": "answers with a label each"}
-TAKES = {"pairs": "dpo", "answers": "supervised", "unpaired": "kto"}
+HOLDS = {**NEEDS, "unpaired": "answers with a label each", "prompts": "prompts without answers"}
+TAKES = {"pairs": "dpo", "answers": "supervised", "unpaired": "kto", "prompts": "online"}
 """A method for each kind of file."""
 
 
 Place = Callable[[File], Path]
 """Where a file's content lies."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files a job names."""
+
+    training: File
+    validation: File | None = None
+    mix: File | None = None
 
 
 @dataclass(frozen=True)
@@ -94,39 +108,69 @@ async def admit(
         InvalidSpec, InvalidData, ModelNotFound: the job cannot run; `param` names the field.
         Unavailable: the cluster cannot be asked what it has.
     """
+    require_there(spec)
     _require_trackers(spec)
     _require_quantizer(spec)
+    _require_verifiers(spec)
     model = await resolve(spec.model, database=database, store=store, settings=settings)
-    training, validation = await files_of(spec, database, clock)
+    named = await files_of(spec, database, clock)
     choices.max_length(spec, model.max_length)
-    _require_capacity(spec.resources, await _capacity(cluster))
-    found = await asyncio.to_thread(consider, spec, model, training, validation, lambda file: store.path(file.key))
+    _require_capacity(spec, await _capacity(cluster))
+    reward_model = None
+    if isinstance(spec.judge, RewardModelJudgeSpec):
+        reward_model = await resolve_reward_model(spec.judge.model, database=database, store=store, settings=settings)
+    found = await asyncio.to_thread(
+        consider, spec, model, named, lambda file: store.path(file.key), reward_model=reward_model
+    )
     return found.run, found.report
 
 
-async def files_of(spec: JobSpec, database: Database, clock: Clock | None = None) -> tuple[File, File | None]:
-    """The training and the validation file. Raises InvalidSpec where one is not there or not of the kind."""
-    training = await _file(spec, "training_file", spec.training_file, database, clock)
-    if spec.validation_file is None:
-        return training, None
-    return training, await _file(spec, "validation_file", spec.validation_file, database, clock)
+def require_there(spec: JobSpec) -> None:
+    """Raises InvalidSpec for a method that this version cannot run."""
+    if spec.method.type in NOT_THERE_YET:
+        raise InvalidSpec(
+            f"method {spec.method.type!r} is not there yet: its jobs can be written down, and are not run; "
+            "use one that trains on a file, such as 'dpo'",
+            param="method.type",
+        )
 
 
-def consider(spec: JobSpec, model: ModelFacts, training: File, validation: File | None, place: Place) -> Considered:
+async def files_of(spec: JobSpec, database: Database, clock: Clock | None = None) -> Files:
+    """The files that the job names. Raises InvalidSpec where one is not there or not of the kind."""
+
+    async def one(param: str, file_id: str | None, rows: RowKind) -> File | None:
+        return await _file(spec, param, file_id, rows, database, clock) if file_id is not None else None
+
+    needed = spec.method.row.rows
+    training = await one("training_file", spec.training_file, needed)
+    assert training is not None
+    return Files(
+        training,
+        await one("validation_file", spec.validation_file, needed),
+        await one("mix.file", spec.mix.file if spec.mix else None, "pairs"),
+    )
+
+
+def consider(
+    spec: JobSpec, model: ModelFacts, named: Files, place: Place, *, reward_model: ModelSource | None = None
+) -> Considered:
     """The job with every number decided, from its model and files, read whole.
 
     Raises:
         InvalidSpec, InvalidData: the job cannot run; `param` names the field.
     """
+    require_there(spec)
     max_length = choices.max_length(spec, model.max_length)
     tokenizer, seed = Tokenizer.load(model.directory), choices.seed(spec)
-    admissible = _check_rows(spec, training, validation, place, tokenizer, max_length, seed)
+    admissible = _check_rows(spec, named, place, tokenizer, max_length, seed)
     run = choices.decide(
         spec,
         job_id=ids.new_job_id(),
         source=model.source,
-        training=training,
-        validation=validation,
+        training=named.training,
+        validation=named.validation,
+        mix=named.mix,
+        reward_model=reward_model,
         rows=admissible.train_rows,
         max_length=max_length,
         layer_width=model.layer_width,
@@ -158,8 +202,20 @@ def _require_quantizer(spec: JobSpec) -> None:
         )
 
 
-async def _file(spec: JobSpec, param: str, file_id: str, database: Database, clock: Clock | None) -> File:
-    """A file that was uploaded for training and holds the kind of rows the method needs."""
+def _require_verifiers(spec: JobSpec) -> None:
+    missing = spec.judge.unregistered() if isinstance(spec.judge, RulesJudgeSpec) else ()
+    if missing:
+        raise InvalidSpec(
+            f"no package that is installed where the service runs registers the verifier {missing[0]!r}; install it "
+            "there and on the cluster's machines, or use a built-in rule",
+            param="judge.rules",
+        )
+
+
+async def _file(
+    spec: JobSpec, param: str, file_id: str, needed: RowKind, database: Database, clock: Clock | None
+) -> File:
+    """A file that was uploaded for training and holds the kind of rows that is needed."""
     try:
         async with database.begin() as session:
             file = await files.get(session, file_id, now=(clock or SystemClock()).now())
@@ -170,21 +226,23 @@ async def _file(spec: JobSpec, param: str, file_id: str, database: Database, clo
             f"file {file_id!r} was uploaded with purpose {file.purpose!r}; upload it again with purpose {PURPOSE!r}",
             param=param,
         )
-    needed = spec.method.row.rows
     held = cast(RowKind, file.rows)
     if file.rows is not None and not usable(held, needed):
         raise InvalidSpec(
-            f"method {spec.method.type!r} needs {NEEDS[needed]}, and {file.name!r} ({file_id}) holds "
-            f"{HOLDS[held]}; give another file, or method {TAKES[held]!r}",
+            f"{_who_needs(spec, param)} needs {NEEDS[needed]}, and {file.name!r} ({file_id}) holds "
+            f"{HOLDS[held]}; give another file{'' if param == 'mix.file' else f', or method {TAKES[held]!r}'}",
             param=param,
         )
     return file
 
 
+def _who_needs(spec: JobSpec, param: str) -> str:
+    return "mix" if param == "mix.file" else f"method {spec.method.type!r}"
+
+
 def _check_rows(
     spec: JobSpec,
-    training: File,
-    validation: File | None,
+    named: Files,
     place: Place,
     tokenizer: Tokenizer,
     max_length: int,
@@ -204,15 +262,15 @@ def _check_rows(
             )
 
     held = None
-    if validation is not None:
-        held, found = read("validation_file", validation)
+    if named.validation is not None:
+        held, found = read("validation_file", named.validation)
         with _blaming("validation_file"):
-            require_rows(report(decide(held, deduplicate=spec.deduplicate), found), validation.name, minimum=1)
-    facts, found = read("training_file", training)
+            require_rows(report(decide(held, deduplicate=spec.deduplicate), found), named.validation.name, minimum=1)
+    facts, found = read("training_file", named.training)
     facts = decide(facts, deduplicate=spec.deduplicate, validation=held)
     made = report(facts, found)
     with _blaming("training_file"):
-        require_rows(made, training.name)
+        require_rows(made, named.training.name)
     held_out = _held_out(facts, spec.eval.split, seed, made.kept)
     if spec.method.row.rows == "unpaired":
         _require_mismatches(facts, held_out, seed)
@@ -265,7 +323,25 @@ async def _capacity(cluster: Cluster) -> Capacity:
         raise Unavailable(f"the cluster cannot be asked what it has: {error.message}; try again shortly") from error
 
 
-def _require_capacity(wanted: ResourceSpec, capacity: Capacity) -> None:
+def _require_capacity(spec: JobSpec, capacity: Capacity) -> None:
+    """Workers and samplers run at the same time."""
+    _require_workers(spec.resources, capacity)
+    if not sampled_choices.sampled(spec):
+        return
+    wanted, samplers = spec.resources, sampled_choices.samplers(spec, spec.max_length or choices.DEFAULT_MAX_LENGTH)
+    shared = samplers.samplers if samplers.shares_device else 0
+    gpus = wanted.workers * wanted.gpus_per_worker + samplers.samplers * samplers.gpus - shared
+    cpus = wanted.workers * wanted.cpus_per_worker + samplers.samplers * samplers.cpus
+    for kind, needed, there in (("GPU", gpus, capacity.gpus), ("CPU", cpus, capacity.cpus)):
+        if needed > there:
+            raise InvalidSpec(
+                f"{wanted.workers} workers and {samplers.samplers} samplers need {needed} {kind}s together; the "
+                f"cluster has {there:.0f}; use fewer of them, or set sampling.{kind.lower()}s_per_sampler lower",
+                param="sampling.samplers",
+            )
+
+
+def _require_workers(wanted: ResourceSpec, capacity: Capacity) -> None:
     gpus, cpus = wanted.workers * wanted.gpus_per_worker, wanted.workers * wanted.cpus_per_worker
     if gpus > capacity.gpus:
         fewer = "set gpus_per_worker to 0 to train on CPUs" if capacity.gpus < 1 else f"use at most {capacity.gpus:.0f}"

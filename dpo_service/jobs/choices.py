@@ -1,7 +1,7 @@
 """What the service decides where a job says "auto" or nothing. Pure.
 
 batch_size      a twentieth of the training rows, 1 to 32, at least one row a worker: 20 steps an epoch
-n_epochs        3 below 2,000 training rows, 2 below 20,000, else 1
+n_epochs        3 below 2,000 training rows, 2 below 20,000, else 1; 1 where answers are sampled without iterations
 micro_batch     of a worker's share of the batch as many rows as hold 8,192 tokens
 learning rate   the loss's own (specs/loss.py) times the multiplier; ten times that with LoRA
 max_length      what the model allows, at most 1024
@@ -9,9 +9,10 @@ router loss     the weight that the model's configuration gives it
 precision       float32 on CPUs, bfloat16 on GPUs
 checkpointing   of activations: off on CPUs; on GPUs on where the longest micro-batch would keep over 16 GB of them
 strategy        ddp
-reference       cached, where the method has one; live where it is refreshed or the base is quantised
+reference       cached, where the method has one; live where it moves, the base is quantised or answers are sampled
 beta and such   what the loss's authors use (specs/loss.py)
 seed            drawn
+samples         sampled_choices.py
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Literal
 
 from dpo_service import ids
 from dpo_service.errors import InvalidSpec
+from dpo_service.jobs import sampled_choices
 from dpo_service.registry.tables import File
 from dpo_service.specs.base import chosen_or
 from dpo_service.specs.data import DataSpec
@@ -56,9 +58,12 @@ def decide(
     layer_width: int,
     router_coef: float | None,
     seed: int,
+    mix: File | None = None,
+    reward_model: ModelSource | None = None,
 ) -> RunSpec:
     """The run. `rows` is how many there are to train on; `layer_width` the model's layers times its hidden size;
-    `router_coef` is that of its configuration, None for a dense one.
+    `router_coef` is that of its configuration, None for a dense one. `mix` is a file of pairs to train on among sampled
+    ones, `reward_model` where the judge's model lies.
 
     Raises:
         InvalidSpec: the batch, the workers and the rows do not go together, or the model has no router.
@@ -68,9 +73,9 @@ def decide(
         job_id=job_id,
         method=spec.method.type,
         model=source,
-        data=_data(spec, training, validation, max_length, seed),
+        data=_data(spec, training, validation, mix, max_length, seed),
         loss=_loss(spec),
-        reference=ReferenceSpec(mode=_reference(spec), refresh=spec.reference_refresh),
+        reference=ReferenceSpec(mode=_reference(spec), refresh=sampled_choices.refresh(spec, batch, rows)),
         optim=_optim(spec),
         batch=batch,
         precision=_precision(spec),
@@ -86,6 +91,7 @@ def decide(
         keep_checkpoints=spec.checkpoint.keep_last,
         keep_best=_keep_best(spec),
         integrations=spec.integrations or (),
+        online=sampled_choices.online(spec, batch, rows=rows, max_length=max_length, reward_model=reward_model),
         output_model=ids.fine_tuned_model_id(spec.model, spec.suffix, job_id),
     )
 
@@ -109,7 +115,7 @@ def max_length(spec: JobSpec, allowed: int) -> int:
 
 def _batch(spec: JobSpec, rows: int) -> BatchSpec:
     asked, workers = spec.method.hyperparameters, spec.resources.workers
-    least = 2 if spec.method.row.rows == "unpaired" else 1
+    least = 2 if spec.method.row.rows == "unpaired" or spec.mix is not None else 1
     size = chosen_or(asked.batch_size, max(workers, least, min(MAX_AUTO_BATCH, rows // STEPS_AN_EPOCH)))
     _require_fit(spec, size, rows)
     share = -(-size // workers)
@@ -117,14 +123,20 @@ def _batch(spec: JobSpec, rows: int) -> BatchSpec:
         batch_size=size,
         micro_batch_size=chosen_or(spec.micro_batch_size, share),
         micro_batch_tokens=chosen_or(spec.micro_batch_tokens, MICRO_BATCH_TOKENS),
-        n_epochs=chosen_or(asked.n_epochs, 3 if rows < 2_000 else 2 if rows < 20_000 else 1),
+        n_epochs=chosen_or(asked.n_epochs, _epochs(spec, rows)),
         max_steps=spec.max_steps,
     )
 
 
+def _epochs(spec: JobSpec, rows: int) -> int:
+    if spec.method.row.sync in ("step", "never"):
+        return 1
+    return 3 if rows < 2_000 else 2 if rows < 20_000 else 1
+
+
 def _require_fit(spec: JobSpec, size: int, rows: int) -> None:
     workers = spec.resources.workers
-    noun = "pairs" if spec.method.row.rows == "pairs" else "rows"
+    noun = {"pairs": "pairs", "prompts": "prompts"}.get(spec.method.row.rows, "rows")
     param = f"method.{spec.method.type}.hyperparameters.batch_size"
     if workers > rows:
         raise InvalidSpec(
@@ -145,7 +157,7 @@ def _require_fit(spec: JobSpec, size: int, rows: int) -> None:
         )
 
 
-def _data(spec: JobSpec, training: File, validation: File | None, length: int, seed: int) -> DataSpec:
+def _data(spec: JobSpec, training: File, validation: File | None, mix: File | None, length: int, seed: int) -> DataSpec:
     return DataSpec(
         rows=spec.method.row.rows,
         training_file=training.key,
@@ -155,6 +167,9 @@ def _data(spec: JobSpec, training: File, validation: File | None, length: int, s
         eval_split=spec.eval.split,
         max_length=length,
         truncation=spec.truncation,
+        answer_room=sampled_choices.answer_room(spec, length),
+        mix_file=mix.key if mix else None,
+        mix_name=mix.name if mix else None,
         deduplicate=spec.deduplicate,
         shuffle=spec.shuffle,
         seed=seed,
@@ -169,7 +184,8 @@ def _reference(spec: JobSpec) -> Literal["cached", "live", "none"]:
     if spec.method.row.reference == "none":
         return "none"
     if spec.reference == "auto":
-        return "live" if spec.reference_refresh or (spec.lora and spec.lora.quantize != "none") else "cached"
+        moves = spec.reference_refresh or sampled_choices.sampled(spec)
+        return "live" if moves or (spec.lora and spec.lora.quantize != "none") else "cached"
     return spec.reference
 
 

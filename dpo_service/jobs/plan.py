@@ -14,7 +14,7 @@ import psutil
 from dpo_service.clock import Clock
 from dpo_service.db.session import Database
 from dpo_service.errors import InvalidSpec, ModelNotFound
-from dpo_service.jobs.admit import Place, consider, files_of
+from dpo_service.jobs.admit import Files, Place, consider, files_of, require_there
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.planning.plan import Plan, device, device_of, make_plan
 from dpo_service.planning.shape import read_shape
@@ -51,19 +51,24 @@ async def plan_job(
     Raises:
         InvalidSpec, InvalidData, ModelNotFound: the job would be refused; `param` names the field.
     """
+    require_there(spec)
     spec = on(spec, gpu, gpus)
     model = await resolve(spec.model, database=database, store=store, settings=settings)
-    training, validation = await files_of(spec, database, clock)
-    return await asyncio.to_thread(_planned, spec, gpu, model, training, validation, lambda file: store.path(file.key))
+    named = await files_of(spec, database, clock)
+    return await asyncio.to_thread(_planned, spec, gpu, model, named, lambda file: store.path(file.key))
 
 
 async def plan_here(spec: JobSpec, *, gpu: str | None, gpus: int | None) -> Planned:
     """The same without a service: the model is a directory or a hub id, the files are paths. Raises as `plan_job`."""
+    require_there(spec)
     spec = on(spec, gpu, gpus)
     model = await _model_here(spec.model)
-    training = _file_here(spec.training_file)
-    validation = _file_here(spec.validation_file) if spec.validation_file else None
-    return await asyncio.to_thread(_planned, spec, gpu, model, training, validation, lambda file: Path(file.key))
+    named = Files(
+        _file_here(spec.training_file),
+        _file_here(spec.validation_file) if spec.validation_file else None,
+        _file_here(spec.mix.file) if spec.mix else None,
+    )
+    return await asyncio.to_thread(_planned, spec, gpu, model, named, lambda file: Path(file.key))
 
 
 def on(spec: JobSpec, gpu: str | None, gpus: int | None) -> JobSpec:
@@ -76,11 +81,9 @@ def on(spec: JobSpec, gpu: str | None, gpus: int | None) -> JobSpec:
     return spec.model_copy(update={"resources": spec.resources.model_copy(update=asked)})
 
 
-def _planned(
-    spec: JobSpec, gpu: str | None, model: ModelFacts, training: File, validation: File | None, place: Place
-) -> Planned:
+def _planned(spec: JobSpec, gpu: str | None, model: ModelFacts, named: Files, place: Place) -> Planned:
     shape = read_shape(model.directory, spec.model)
-    found = consider(spec, model, training, validation, place)
+    found = consider(spec, model, named, place)
     kind = device(gpu or device_of(found.run))
     memory = psutil.virtual_memory().total
     return Planned(found.run, found.report, make_plan(spec, found.run, shape, found.lengths, kind, memory))

@@ -11,6 +11,8 @@ ANSWERS: Mapping[RowKind, tuple[str, ...]] = {
     "pairs": ("chosen", "rejected"),
     "answers": ("answer",),
     "unpaired": ("answer", "mismatched"),
+    "prompts": (),
+    "demonstrations": ("answer",),
 }
 """The columns that hold answers to the prompt. `mismatched` is another row's answer, to which the prompt has nothing to
 say: KTO measures on it how far the policy has moved in general."""

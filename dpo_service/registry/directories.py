@@ -10,6 +10,7 @@ from typing import Any
 
 from dpo_service.errors import ModelNotFound
 
+REWARD_SUFFIX = "ForSequenceClassification"
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 LAYER_FIELDS, WIDTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model")
@@ -71,6 +72,19 @@ def inspect(directory: Path, name: str, *, weights_here: bool = True) -> Directo
         router_coef=_router_coef(text),
         weight_bytes=weights,
     )
+
+
+def require_reward_model(directory: Path, name: str) -> None:
+    """Raises ModelNotFound unless it is a directory of a sequence-classification model with one output."""
+    config = _config(directory, name)
+    architectures = [str(a) for a in config.get("architectures") or ()]
+    if not any(architecture.endswith(REWARD_SUFFIX) for architecture in architectures):
+        named = ", ".join(architectures) or "no architecture"
+        raise _refused(name, f"its config.json names {named}; a reward model (…{REWARD_SUFFIX}) is needed")
+    # transformers writes the labels, and not their number; two of them are its default.
+    outputs = len(config.get("id2label") or ()) or config.get("num_labels") or 2
+    if outputs != 1:
+        raise _refused(name, f"it has {outputs} outputs; a reward model has one")
 
 
 def _config(directory: Path, name: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dpo_service.db.session import Database
 from dpo_service.errors import ModelNotFound, NotFound
 from dpo_service.ids import checkpoint_model_id
 from dpo_service.registry import hub
-from dpo_service.registry.directories import inspect
+from dpo_service.registry.directories import inspect, require_reward_model
 from dpo_service.registry.tables import PublishedModel
 from dpo_service.settings import Settings
 from dpo_service.specs.run import ModelSource
@@ -51,25 +51,53 @@ class ModelFacts:
     """Identity of a published model; None for the user's own."""
 
 
+@dataclass(frozen=True)
+class _Found:
+    source: ModelSource
+    directory: Path
+    digest: str | None = None
+    weights_here: bool = True
+
+
 async def resolve(name: str, *, database: Database, store: Store, settings: Settings) -> ModelFacts:
     """What `name` stands for. Opens a short transaction of its own: a hub may take seconds, and a lock must not.
 
     Raises:
         ModelNotFound: nothing does, or it cannot be trained and served; says where was looked and what there is.
     """
+    found = await _find(name, database, store, settings)
+    return await facts_of(found.source, found.directory, digest=found.digest, weights_here=found.weights_here)
+
+
+async def resolve_reward_model(name: str, *, database: Database, store: Store, settings: Settings) -> ModelSource:
+    """Where the reward model `name` lies.
+
+    Raises:
+        ModelNotFound: nowhere, or it is no sequence-classification model with one output.
+    """
+    try:
+        found = await _find(name, database, store, settings)
+        await asyncio.to_thread(require_reward_model, found.directory, name)
+    except ModelNotFound as error:
+        error.param = "judge.model"
+        raise
+    return found.source
+
+
+async def _find(name: str, database: Database, store: Store, settings: Settings) -> _Found:
     async with database.begin() as session:
         published = await session.get(PublishedModel, name)
     if published is not None:
         source = ModelSource(name=name, key=published.key)
-        return await facts_of(source, store.path(published.key), digest=published.digest)
+        return _Found(source, store.path(published.key), published.digest)
     directory = await asyncio.to_thread(_local_directory, name, store, settings)
     if directory is not None:
-        return await facts_of(ModelSource(name=name, path=str(directory)), directory)
+        return _Found(ModelSource(name=name, path=str(directory)), directory)
     looked = [f"published models, {store.path(paths.user_model(''))}, and directories in the allowed roots"]
     if HUB_ID.fullmatch(name):
         if settings.hub and not hub.offline():
             snapshot = await hub.fetch_description(name)
-            return await facts_of(ModelSource(name=name, hub=name), snapshot, weights_here=False)
+            return _Found(ModelSource(name=name, hub=name), snapshot, weights_here=False)
         looked.append("the hub is turned off (DPO_HUB, HF_HUB_OFFLINE)")
     raise ModelNotFound(
         f"there is no model {name!r} (looked in {'; '.join(looked)}). {await _what_there_is(database, store)}",

@@ -26,6 +26,11 @@ class DataSpec(Spec):
     max_length: int
     """Tokens of prompt plus answer."""
     truncation: Truncation = "refuse"
+    answer_room: int = 0
+    """Tokens that a prompt leaves free for a sampled answer."""
+    mix_file: str | None = None
+    """A file of pairs that are trained on among sampled ones."""
+    mix_name: str | None = None
     deduplicate: bool = True
     shuffle: bool = True
     seed: int = 0

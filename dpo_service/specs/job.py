@@ -13,9 +13,12 @@ from dpo_service.specs.adapter import LoraSpec
 from dpo_service.specs.base import AUTO, Auto, Spec
 from dpo_service.specs.data import Truncation
 from dpo_service.specs.eval import CheckpointSpec, EvalSpec, ranking_metrics
+from dpo_service.specs.judge import JudgeSpec
 from dpo_service.specs.method import MethodSpec, RefreshSpec
 from dpo_service.specs.optim import LrSchedule, OptimizerName
+from dpo_service.specs.pairing import PairingSpec
 from dpo_service.specs.resources import ResourceSpec
+from dpo_service.specs.sampled import AnswersSpec, MixSpec, refusal
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
@@ -86,6 +89,15 @@ class JobSpec(Spec):
     deploy: bool = False
     """Serve the result as soon as it is published."""
 
+    # where the pairs are sampled
+    sampling: AnswersSpec | None = None
+    judge: JudgeSpec | None = None
+    """Says which of the sampled answers is better."""
+    pairing: PairingSpec | None = None
+    """Which of the judged answers become a pair; None = the best and the worst."""
+    mix: MixSpec | None = None
+    """Some pairs of each step come from a file."""
+
     @field_validator("metadata")
     @classmethod
     def _metadata_limits(cls, value: dict[str, str] | None) -> dict[str, str] | None:
@@ -112,6 +124,8 @@ class JobSpec(Spec):
             self._can_quantize()
         if self.checkpoint.keep_best:
             self._can_keep_best()
+        if why := refusal(self):
+            raise ValueError(why)
         if self.eval.every_steps is not None and self.validation_file is None and self.eval.split == 0:
             raise ValueError("eval.every_steps needs rows to evaluate on; give validation_file or eval.split")
         return self

@@ -15,19 +15,23 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from dpo_service.specs.base import AUTO, Auto, Spec
 from dpo_service.specs.loss import DpoLoss, LossName, LossSpec, MixName, mix_refusal, mixed, refusal
 
-RowKind = Literal["pairs", "answers", "unpaired"]
-"""What a training file must hold: preference pairs, prompts with one answer each, or such with a label each."""
+RowKind = Literal["pairs", "answers", "unpaired", "prompts", "demonstrations"]
+"""What a training file must hold: preference pairs, prompts with one answer each, or such with a label each. Where
+answers are sampled: prompts, or demonstrations, which are prompts with the answer that samples are measured against."""
 
 
 @dataclass(frozen=True)
 class MethodRow:
     """One row of the table of methods."""
 
-    pairs: Literal["dataset"]
+    pairs: Literal["dataset", "samples"]
     rows: RowKind
     loss: LossName
     """What it trains unless `loss` among its hyperparameters says otherwise."""
-    reference: Literal["initial", "none"]
+    reference: Literal["initial", "previous", "none"]
+    """`previous`: the policy as it was when the present iteration began."""
+    sync: Literal["step", "iteration", "never"] | None = None
+    """When what samples gets the policy's weights."""
 
 
 METHODS: dict[str, MethodRow] = {
@@ -37,6 +41,11 @@ METHODS: dict[str, MethodRow] = {
     "simpo": MethodRow("dataset", "pairs", "simpo", "none"),
     "kto": MethodRow("dataset", "unpaired", "kto", "initial"),
     "supervised": MethodRow("dataset", "answers", "sft", "none"),
+    "online": MethodRow("samples", "prompts", "sigmoid", "initial", "step"),
+    "rso": MethodRow("samples", "prompts", "hinge", "initial", "never"),
+    "sppo": MethodRow("samples", "prompts", "sppo", "previous", "iteration"),
+    "spin": MethodRow("samples", "demonstrations", "sigmoid", "previous", "iteration"),
+    "self_rewarding": MethodRow("samples", "prompts", "sigmoid", "previous", "iteration"),
 }
 
 Weight = Annotated[float, Field(ge=0, le=100)]
@@ -50,7 +59,7 @@ class SupervisedHyperparameters(Spec):
 
     def loss_options(self) -> dict[str, float]:
         """The numbers of the loss that the user chose; what is left out is the service's to decide."""
-        given = self.model_dump(exclude={*SupervisedHyperparameters.model_fields, "loss", "losses"})
+        given = self.model_dump(include=set(LossSpec.model_fields))
         return {name: value for name, value in given.items() if value != AUTO}
 
 
@@ -152,6 +161,32 @@ class KtoHyperparameters(SupervisedHyperparameters):
     undesirable_weight: Auto[Annotated[float, Field(gt=0, le=100)]] = AUTO
 
 
+class SampledHyperparameters(SupervisedHyperparameters):
+    """Of losses on sampled pairs; `batch_size` counts pairs."""
+
+    beta: Auto[Annotated[float, Field(gt=0, le=2)]] = AUTO
+    """Strength of the pull towards the reference."""
+
+
+class OnlineHyperparameters(SampledHyperparameters):
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """As Direct Alignment from Preferences compares them (arXiv:2402.04792)."""
+
+
+class RsoHyperparameters(SampledHyperparameters):
+    loss: Literal["hinge", "sigmoid"] = "hinge"
+    """`hinge` is the authors' hinge-norm loss (arXiv:2309.06657, eq. 10)."""
+    accepted: Annotated[int, Field(ge=2, le=64)] = 8
+    """Candidates a prompt that are accepted, at most; two make a pair."""
+    rejection_beta: Annotated[float, Field(gt=0)] = 0.5
+    """In units of the judge's score: towards 0 the best candidates are taken, towards infinity all alike."""
+
+
+class SppoHyperparameters(SampledHyperparameters):
+    win_scale: Annotated[float, Field(gt=0)] = 1.0
+    """By so much must a score be higher to win with probability 0.73, where the judge scores and does not compare."""
+
+
 class DpoMethod(Spec):
     hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
@@ -176,6 +211,26 @@ class SupervisedMethod(Spec):
     hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
 
 
+class OnlineMethod(Spec):
+    hyperparameters: OnlineHyperparameters = OnlineHyperparameters()
+
+
+class RsoMethod(Spec):
+    hyperparameters: RsoHyperparameters = RsoHyperparameters()
+
+
+class SppoMethod(Spec):
+    hyperparameters: SppoHyperparameters = SppoHyperparameters()
+
+
+class SpinMethod(Spec):
+    hyperparameters: SampledHyperparameters = SampledHyperparameters()
+
+
+class SelfRewardingMethod(Spec):
+    hyperparameters: SampledHyperparameters = SampledHyperparameters()
+
+
 _DEFAULT_BLOCKS: dict[str, Any] = {
     "dpo": DpoMethod(),
     "ipo": IpoMethod(),
@@ -183,19 +238,29 @@ _DEFAULT_BLOCKS: dict[str, Any] = {
     "simpo": SimpoMethod(),
     "kto": KtoMethod(),
     "supervised": SupervisedMethod(),
+    "online": OnlineMethod(),
+    "rso": RsoMethod(),
+    "sppo": SppoMethod(),
+    "spin": SpinMethod(),
+    "self_rewarding": SelfRewardingMethod(),
 }
 
 
 class MethodSpec(Spec):
     """The method as the user names it. The block under the method's own name holds its hyperparameters."""
 
-    type: Literal["dpo", "ipo", "orpo", "simpo", "kto", "supervised"]
+    type: Literal["dpo", "ipo", "orpo", "simpo", "kto", "supervised", "online", "rso", "sppo", "spin", "self_rewarding"]
     dpo: DpoMethod | None = None
     ipo: IpoMethod | None = None
     orpo: OrpoMethod | None = None
     simpo: SimpoMethod | None = None
     kto: KtoMethod | None = None
     supervised: SupervisedMethod | None = None
+    online: OnlineMethod | None = None
+    rso: RsoMethod | None = None
+    sppo: SppoMethod | None = None
+    spin: SpinMethod | None = None
+    self_rewarding: SelfRewardingMethod | None = None
 
     @model_validator(mode="after")
     def _block_matches_type(self) -> Self:
@@ -220,7 +285,8 @@ class MethodSpec(Spec):
         asked = self.hyperparameters
         if isinstance(asked, DpoHyperparameters) and asked.losses is not None:
             return mixed(asked.losses, asked.loss_options())
-        name = (asked.loss if isinstance(asked, DpoHyperparameters) else None) or self.row.loss
+        choose = DpoHyperparameters | OnlineHyperparameters | RsoHyperparameters
+        name = (asked.loss if isinstance(asked, choose) else None) or self.row.loss
         return LossSpec.model_validate({"name": name, **asked.loss_options()})
 
 

@@ -9,10 +9,13 @@ from dpo_service.specs.base import Spec
 from dpo_service.specs.data import DataSpec
 from dpo_service.specs.eval import BestSpec
 from dpo_service.specs.job import Integration
+from dpo_service.specs.judge import JudgeSpec
 from dpo_service.specs.loss import LossSpec
-from dpo_service.specs.method import ReferenceSpec
+from dpo_service.specs.method import ReferenceSpec, RowKind
 from dpo_service.specs.optim import OptimSpec
+from dpo_service.specs.pairing import PairingSpec
 from dpo_service.specs.resources import ResourceSpec
+from dpo_service.specs.sampling import SamplerSpec, SamplingSpec
 
 Precision = Literal["float32", "bfloat16", "pure_bfloat16"]
 
@@ -41,6 +44,37 @@ class BatchSpec(Spec):
     max_steps: int | None = None
 
 
+Source = Literal["online", "rso", "sppo", "spin", "self_rewarding"]
+
+
+class OnlineSpec(Spec):
+    """Where sampled pairs come from, everything decided."""
+
+    source: Source
+    sampling: SamplingSpec
+    samplers: SamplerSpec
+    judge: JudgeSpec | None = None
+    """None = the row's answer is the better one (SPIN)."""
+    reward_model: ModelSource | None = None
+    """Where the model of a judge of kind `reward_model` lies."""
+    pairing: PairingSpec | None = None
+    """Of `online` and `self_rewarding`; the others have a rule of their own."""
+    sync: Literal["step", "iteration", "never"]
+    """When the samplers get the policy's weights."""
+    staleness: int = 0
+    """With sync `step`: by so many steps the sampling policy may be older than the trained one."""
+    iteration_steps: int | None = None
+    """With sync `iteration`: its length. The reference is refreshed at the same steps (`ReferenceSpec.refresh`)."""
+    accepted: int = 0
+    """`rso`: candidates a prompt that are accepted, at most."""
+    rejection_beta: float = 0.0
+    """`rso`: in units of the judge's score."""
+    win_scale: float = 0.0
+    """`sppo`: scale of a score in Bradley and Terry's model."""
+    mixed_pairs: int = 0
+    """So many of each step's pairs come from the file of `DataSpec.mix_file`."""
+
+
 class RunSpec(Spec):
     job_id: str
     method: str
@@ -64,8 +98,15 @@ class RunSpec(Spec):
     keep_checkpoints: int = 3
     keep_best: BestSpec | None = None
     integrations: tuple[Integration, ...] = ()
+    online: OnlineSpec | None = None
+    """None = the pairs are those of the file."""
     output_model: str
     """Id under which the result is published."""
+
+    @property
+    def trained_rows(self) -> RowKind:
+        """What the training step is given."""
+        return "pairs" if self.online else self.data.rows
 
 
 class AttemptSpec(Spec):

@@ -48,7 +48,7 @@ class Journal:
         self._run, self._reports = run, reports
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
         self._ranks = ranks
-        self._window = metrics.empty(run.data.rows, ranks.device)
+        self._window = metrics.empty(run.trained_rows, ranks.device)
         dtype = torch.float32 if run.precision == "float32" else torch.bfloat16
         self.matrix_rate = sum(ranks.gather(matrix_rate(ranks.device, dtype)))
         """Operations a second of a large matrix product, all ranks together."""
@@ -85,7 +85,7 @@ class Journal:
             **metrics.utilisation(sums, now - self._since, self.matrix_rate),
             "peak_memory_gib": max(self._ranks.gather(metrics.peak_memory_gib(self._ranks.device))),
         }
-        self._window, self._since = metrics.empty(self._run.data.rows, self._ranks.device), now
+        self._window, self._since = metrics.empty(self._run.trained_rows, self._ranks.device), now
         self.latest |= values
         if self._reports is not None:
             text = metrics.sentence(step, self._total_steps, "training", values)

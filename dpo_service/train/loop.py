@@ -177,7 +177,7 @@ class _Training:
         self._state.guard.check()
         with self._journal.not_training():
             started = monotonic()
-            sums = metrics.empty(self._run.data.rows, self._ranks.device)
+            sums = metrics.empty(self._run.trained_rows, self._ranks.device)
             baseline = baseline_of(self._state, self._feed.validation_batches())
             for batch in self._feed.validation_batches():
                 values = evaluate_batch(self._state, batch, baseline)

@@ -74,7 +74,7 @@ def train_step(state: TrainState, step: int, batches: Sequence[MicroBatch], divi
     Raises:
         NonFiniteLoss: on every rank, before any weight moved; or at the next `guard.check()` (see there).
     """
-    sums = metrics.empty(state.run.data.rows, state.ranks.device)
+    sums = metrics.empty(state.run.trained_rows, state.ranks.device)
     baseline = baseline_of(state, batches)
     with adapter_dropout(state.policy, _seed(state.run.seed, step, state.ranks.rank)):
         for batch in batches:
@@ -106,7 +106,7 @@ def evaluate_batch(state: TrainState, batch: MicroBatch, baseline: Tensor | floa
 def baseline_of(state: TrainState, batches: Iterable[MicroBatch]) -> Tensor | float:
     """`LossInputs.baseline`, the same on every rank. KTO: max(0, mean of D over the mismatched answers of all ranks'
     `batches`), so it does not depend on how a step is cut. BCO: the mean of D so far."""
-    if state.run.data.rows != "unpaired":
+    if state.run.trained_rows != "unpaired":
         return (state.drift[0] / state.drift[1].clamp(min=1)).float() if state.run.loss.has("bco_pair") else 0.0
     total_and_rows = torch.zeros(2, dtype=torch.float64, device=state.ranks.device)
     for batch in batches:

@@ -35,6 +35,7 @@ RUN_FIELDS = (
     "save_every_steps",
     "keep_checkpoints",
     "keep_best",
+    "online",
 )
 DATA_FIELDS = ("rows", "eval_split", "max_length", "truncation", "deduplicate", "shuffle")
 DATASET_FIELDS = ("train", "validation", "steps_per_epoch", "total_steps", "report")

@@ -10,7 +10,7 @@ import pytest
 from dpo_service import ids
 from dpo_service.cluster.port import Capacity
 from dpo_service.errors import InvalidData, InvalidSpec, ModelNotFound, Unavailable
-from dpo_service.jobs.admit import admit
+from dpo_service.jobs.admit import NOT_THERE_YET, admit
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.registry import files
 from dpo_service.registry.tables import File
@@ -21,6 +21,7 @@ from tests.models import CHAT_TEMPLATE, save_tokenizer
 from tests.unit.jobs.world import World, job_spec
 
 WANDB = {"type": "wandb", "wandb": {"project": "p"}}
+RULES = {"kind": "rules", "rules": [{"rule": "finished"}]}
 PAIRS = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": f"Not {n}."} for n in range(12)]
 ANSWERS = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(12)]
 UNPAIRED = [row | {"label": number > 8} for number, row in enumerate(ANSWERS)]
@@ -302,3 +303,11 @@ async def test_a_cluster_that_cannot_be_asked_is_no_fault_of_the_job(ready: Worl
     ready.cluster.unreachable = True
     with pytest.raises(Unavailable, match="try again"):
         await ask(ready)
+
+
+@pytest.mark.parametrize("method", sorted(NOT_THERE_YET))
+async def test_a_method_that_cannot_be_run_yet_is_refused(ready: World, method: str) -> None:
+    judge = {"judge": RULES} if method in ("online", "rso", "sppo") else {}
+    with pytest.raises(InvalidSpec, match="not there yet") as refused:
+        await ask(ready, method={"type": method}, **judge)
+    assert refused.value.param == "method.type"
