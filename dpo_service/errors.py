@@ -16,6 +16,8 @@
     └── TrainingError                   500     training_failed      a stage failed (carries `retryable`)
         ├── NonFiniteLoss               500     non_finite_loss      never retried
         ├── CheckpointError             500     checkpoint_invalid   a digest does not match, a file is missing
+        ├── SamplerLost                 500     sampler_lost         a sampler died; its prompts can be asked again
+        ├── WeightsRefused              500     weights_refused      not what they say they are, or of another model
         └── JudgeError                  500     judge_failed         no verdicts can be had: a key, an address, a model
             ├── JudgeCallFailed         500     judge_call_failed    one call failed (carries `reason`); costs a verdict
             ├── SpendCapReached         500     spend_cap_reached    the judge cost what it may (carries `spent`)
@@ -133,6 +135,16 @@ class NonFiniteLoss(TrainingError):
 
 class CheckpointError(TrainingError):
     code = "checkpoint_invalid"
+
+
+class SamplerLost(TrainingError):
+    code = "sampler_lost"
+
+
+class WeightsRefused(TrainingError):
+    """A sampler keeps the weights it has."""
+
+    code = "weights_refused"
 
 
 class JudgeError(TrainingError):
