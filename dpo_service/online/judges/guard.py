@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterable
 
 from dpo_service.errors import TooFewVerdicts
 
@@ -26,6 +27,13 @@ class WindowGuard:
         valid = sum(why is None for why in self._last)
         if len(self._last) == self._last.maxlen and valid < self._least * len(self._last):
             raise TooFewVerdicts(self._sentence(valid))
+
+    def counters(self) -> list[str | None]:
+        """The window, for a checkpoint."""
+        return list(self._last)
+
+    def resume(self, window: Iterable[str | None]) -> None:
+        self._last.extend(window)
 
     def _sentence(self, valid: int) -> str:
         reasons = Counter(why for why in self._last if why is not None)
