@@ -13,6 +13,7 @@ of which sequence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -52,6 +53,8 @@ class MicroBatch:
     ref_rejected_P: Tensor | None = None
     label_P: Tensor | None = None
     """As in `Example`, if all rows have one."""
+    sampled_S: Tensor | None = None
+    """The sampler's log-probability of each answer, NaN for one that was not sampled; None = none was."""
     mismatched: MicroBatch | None = None
     """The same prompts with answers of other rows, for KTO."""
     blank: bool = False
@@ -122,6 +125,7 @@ def collate(examples: Sequence[Example], mismatched: Sequence[Example] = ()) -> 
         ref_chosen_P=_column([example.ref_chosen for example in examples]),
         ref_rejected_P=_column([example.ref_rejected for example in examples]),
         label_P=_column([example.label for example in examples]),
+        sampled_S=_sampled(examples),
         mismatched=collate(mismatched) if mismatched else None,
     )
 
@@ -161,6 +165,15 @@ def _past_the_shorter(lengths: Sequence[int], rows: int) -> Tensor:
     """`MicroBatch.tail_C`, from the lengths of the S answers, chosen first."""
     shared = [min(lengths[row::rows]) for row in range(rows)]
     return torch.tensor([place >= shared[i % rows] for i, length in enumerate(lengths) for place in range(length)])
+
+
+def _sampled(examples: Sequence[Example]) -> Tensor | None:
+    values = [example.sampled_chosen for example in examples]
+    if examples[0].rejected is not None:
+        values += [example.sampled_rejected for example in examples]
+    if all(value is None for value in values):
+        return None
+    return torch.tensor([math.nan if value is None else value for value in values])
 
 
 def _column(values: list[float | None]) -> Tensor | None:

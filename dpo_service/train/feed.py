@@ -9,9 +9,10 @@ An error in it is raised by `batches`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -24,6 +25,61 @@ from dpo_service.train.batch import MicroBatch, collate
 from dpo_service.train.losses import DIVISOR
 from dpo_service.train.ranks import Ranks
 from dpo_service.train.rows import RowTable
+
+if TYPE_CHECKING:
+    from dpo_service.train.step import TrainState
+
+
+class StepPlan(Protocol):
+    """How long a run is."""
+
+    steps_per_epoch: int
+    total_steps: int
+
+    def epoch(self, step: int) -> float: ...
+
+
+class StepFeed(Protocol):
+    """Where the loop has its micro-batches from: a dataset (`Feed`), or the policy's own answers (`online.feed`)."""
+
+    @property
+    def plan(self) -> StepPlan: ...
+    @property
+    def has_reference(self) -> bool:
+        """The rows hold the reference's log-probabilities."""
+        ...
+
+    @property
+    def about(self) -> str:
+        """What is trained on, for people."""
+        ...
+
+    @property
+    def validates(self) -> bool:
+        """There is a validation split."""
+        ...
+
+    def start(self, state: TrainState, step: int, counters: Mapping[str, Any]) -> None:
+        """Called once, on every rank, before the first step: training goes on with step number `step`, from 0.
+        `counters` are those of the checkpoint, empty without one."""
+        ...
+
+    def batches(self, step: int) -> list[MicroBatch]: ...
+    def divisor(self, step: int) -> float: ...
+    def validation_batches(self) -> Iterator[MicroBatch]: ...
+    def after_step(self, state: TrainState, step: int) -> None:
+        """On every rank; `step` steps are done now."""
+        ...
+
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint keeps for `start`."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Of making the rows, since the last call."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Feed:
@@ -42,6 +98,30 @@ class Feed:
         self._sharded = run.resources.strategy == "fsdp"
         self._thread = ThreadPoolExecutor(1, "feed")
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
+
+    @property
+    def has_reference(self) -> bool:
+        return self.rows.has_reference
+
+    @property
+    def about(self) -> str:
+        return f"{len(self.rows)} rows"
+
+    @property
+    def validates(self) -> bool:
+        return self.validation is not None
+
+    def start(self, state: TrainState, step: int, counters: Mapping[str, Any]) -> None:
+        """Nothing: the rows are a function of the step."""
+
+    def after_step(self, state: TrainState, step: int) -> None:
+        """Nothing: the rows do not depend on the policy."""
+
+    def counters(self) -> dict[str, Any]:
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def batches(self, step: int) -> list[MicroBatch]:
         """This rank's share of step number `step`, from 0; it may be empty, unless the model is sharded."""

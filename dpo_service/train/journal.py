@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
@@ -72,8 +72,8 @@ class Journal:
     def add(self, result: StepResult) -> None:
         self._window.merge(result.sums)
 
-    def tell(self, step: int, result: StepResult) -> None:
-        """The window up to `step`, and begin a new one."""
+    def tell(self, step: int, result: StepResult, more: Mapping[str, float]) -> None:
+        """The window up to `step`, with `more` metrics, and begin a new one."""
         sums, now = self._window.read(), monotonic()
         self._told_tokens += int(sums["tokens"])
         values = metrics.means(sums, self._run.loss.name) | {
@@ -84,6 +84,7 @@ class Journal:
             **metrics.rates(sums, now - self._since),
             **metrics.utilisation(sums, now - self._since, self.matrix_rate),
             "peak_memory_gib": max(self._ranks.gather(metrics.peak_memory_gib(self._ranks.device))),
+            **more,
         }
         self._window, self._since = metrics.empty(self._run.trained_rows, self._ranks.device), now
         self.latest |= values

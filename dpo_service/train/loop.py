@@ -26,7 +26,7 @@ from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.specs.run import RunSpec
 from dpo_service.storage.store import Store
 from dpo_service.train import metrics
-from dpo_service.train.feed import Feed
+from dpo_service.train.feed import Feed, StepFeed
 from dpo_service.train.journal import Journal, Reports
 from dpo_service.train.logprobs import packs, padded_because
 from dpo_service.train.policy import base_of
@@ -65,17 +65,21 @@ def train(
     ranks: Ranks | None = None,
     reports: Reports | None = None,
     stop: Callable[[], bool] = never,
+    feed: StepFeed | None = None,
 ) -> TrainOutcome:
     """Train `run` from where its newest valid checkpoint stands, to its end or until `stop()`.
 
-    `base_digest` is `digest_of(model_dir)`. Only rank 0 reports, saves, and asks `stop`.
+    `base_digest` is `digest_of(model_dir)`. Only rank 0 reports, saves, and asks `stop`. `feed` is closed at the end;
+    None = the rows of `dataset`.
 
     Raises:
         NonFiniteLoss: the loss or gradient is not finite; the weights did not move.
         CheckpointError: the checkpoint belongs to another base model, or one could not be written.
         TrainingError: the dataset is not what its manifest says.
     """
-    training = _Training(run, dataset, model_dir, store, base_digest, ranks or Ranks(), reports, stop)
+    ranks = ranks or Ranks()
+    feed = feed or Feed(run, dataset, store, ranks)
+    training = _Training(run, dataset, model_dir, store, base_digest, ranks, reports, stop, feed)
     return training.run_to_end()
 
 
@@ -90,14 +94,15 @@ class _Training:
         ranks: Ranks,
         reports: Reports | None,
         stop: Callable[[], bool],
+        feed: StepFeed,
     ) -> None:
         self._run, self._dataset, self._ranks, self._stop = run, dataset, ranks, stop
         reports = reports if ranks.first else None
-        self._feed = Feed(run, dataset, store, ranks)
-        self._plan = plan = self._feed.plan
-        check_reference(run, dataset, self._feed.rows, base_digest)
+        self._feed = feed
+        self._plan = plan = feed.plan
+        check_reference(run, dataset, feed.has_reference, base_digest)
         checkpoint = agreed_checkpoint(store, run.job_id, ranks)
-        counters = counters_of(checkpoint, dataset, base_digest) if checkpoint else {}
+        self._counters = counters = counters_of(checkpoint, dataset, base_digest) if checkpoint else {}
         self._state = build_state(run, model_dir, checkpoint, ranks, plan.total_steps, base_digest)
         self._journal = Journal(
             run,
@@ -125,6 +130,7 @@ class _Training:
     def _go(self) -> bool:
         """Train; returns whether it was stopped before the end."""
         self._announce()
+        self._feed.start(self._state, self._step, self._counters)
         if self._step == 0:
             self._evaluate()
         while self._step < self._plan.total_steps:
@@ -137,13 +143,14 @@ class _Training:
                 self._evaluate()
             if self._state.moving is not None:
                 self._state.moving.after_step(self._step)
+            self._feed.after_step(self._state, self._step)
             if saving:
                 self._save()
         return False
 
     def _announce(self) -> None:
         workers = f"{self._ranks.world} worker{'s' if self._ranks.world > 1 else ''}"
-        start = f"resuming from step {self._step}" if self._step else f"{len(self._feed.rows)} rows"
+        start = f"resuming from step {self._step}" if self._step else self._feed.about
         self._journal.message(f"Training on {workers}, {start}, {self._plan.total_steps} steps")
         rate = self._journal.matrix_rate
         self._journal.message(
@@ -168,11 +175,11 @@ class _Training:
         self._journal.add(result)
         if self._due(self._run.logging_steps):
             self._state.guard.check()
-            self._journal.tell(self._step, result)
+            self._journal.tell(self._step, result, self._feed.metrics())
 
     def _evaluate(self) -> None:
         """Over the whole validation split."""
-        if self._feed.validation is None:
+        if not self._feed.validates:
             return
         self._state.guard.check()
         with self._journal.not_training():
@@ -192,6 +199,7 @@ class _Training:
             "dataset_digest": self._dataset.train.digest,
             "drift": self._state.drift.tolist(),
             **self._journal.counters(),
+            **self._feed.counters(),
         }
         with self._journal.not_training():
             self._saver.save(self._step, self._plan.epoch(self._step), self._journal.latest, counters)

@@ -25,9 +25,10 @@ from dpo_service.train.losses import DIVISOR, LossInputs, rewards
 _COMMON = ("loss", "rows", "answer_tokens", "tokens", "truncated", "places", "padding", "flops", "router_loss")
 _PAIRED = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")
 _LENGTHS = ("displaced", "gap", "gap_gap", "margin_margin", "gap_margin")
+_SAMPLED = ("sampler_gap", "sampled_tokens")
 _SIDES = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 _OF_KIND: dict[RowKind, tuple[str, ...]] = {
-    "pairs": (*_PAIRED, *_LENGTHS),
+    "pairs": (*_PAIRED, *_LENGTHS, *_SAMPLED),
     "answers": ("correct",),
     "unpaired": (*_SIDES, "desirable", "kl"),
 }
@@ -89,7 +90,19 @@ def of_batch(
         return {**sums, **_of_unpaired(inputs, inputs.label_P, spec)}
     if not batch.paired:
         return {**sums, "correct": completions.correct_S.sum()}
-    return {**sums, **_of_pairs(inputs, spec)}
+    return {**sums, **_of_pairs(inputs, spec), **_of_sampler(batch, completions)}
+
+
+def _of_sampler(batch: MicroBatch, completions: Completions) -> dict[str, Tensor | float]:
+    """How far the trainer's log-probabilities are from the sampler's, over the answers that were sampled."""
+    if batch.sampled_S is None:
+        return dict.fromkeys(_SAMPLED, 0.0)
+    known_S = ~batch.sampled_S.isnan()
+    gap_S = (completions.logps_S - batch.sampled_S).abs()
+    return {
+        "sampler_gap": torch.where(known_S, gap_S, 0.0).sum(),
+        "sampled_tokens": torch.where(known_S, batch.lengths_S, 0).sum(),
+    }
 
 
 def of_work(batch: MicroBatch, *, packed: bool, flops: float) -> dict[str, Tensor | float]:
@@ -164,6 +177,8 @@ def means(sums: Mapping[str, float], loss: LossName) -> dict[str, float]:
     result["length/gap"] = sums["gap"] / rows
     if (correlation := length_correlation(sums)) is not None:
         result["length/margin_correlation"] = correlation
+    if sums["sampled_tokens"]:
+        result["online/logp_gap"] = sums["sampler_gap"] / sums["sampled_tokens"]
     if LOSS_TABLE[loss].reference:
         result["logps/displaced_share"] = sums["displaced"] / rows
     return result

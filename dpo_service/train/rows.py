@@ -33,6 +33,9 @@ class Example:
     ref_rejected: float | None = None
     label: float | None = None
     """Of an unpaired answer: 1 = desirable, 0 = undesirable. Of a pair: the judged probability that chosen wins."""
+    sampled_chosen: float | None = None
+    """Log-probability as the sampler of the answer computed it; None = it was not sampled for this run."""
+    sampled_rejected: float | None = None
 
 
 class RowTable:

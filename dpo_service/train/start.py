@@ -24,7 +24,6 @@ from dpo_service.train.policy import base_of, load_model
 from dpo_service.train.ranks import CPU, Ranks
 from dpo_service.train.reference import Reference, build_reference
 from dpo_service.train.router import require_router
-from dpo_service.train.rows import RowTable
 from dpo_service.train.sharding import shard
 from dpo_service.train.step import TrainState
 
@@ -92,11 +91,11 @@ def counters_of(checkpoint: Checkpoint, dataset: DatasetManifest, base_digest: s
     return counters
 
 
-def check_reference(run: RunSpec, dataset: DatasetManifest, rows: RowTable, base_digest: str) -> None:
+def check_reference(run: RunSpec, dataset: DatasetManifest, has_reference: bool, base_digest: str) -> None:
     """The reference is the job's own base model: pinned by digest, checked at every start."""
     if run.reference.mode != "cached":
         return
     if dataset.reference_digest not in (None, base_digest):
         raise TrainingError("the cached reference log-probabilities come from another model than the job's base")
-    if not rows.has_reference:
+    if not has_reference:
         raise TrainingError("the dataset holds no reference log-probabilities, and the job says they are cached")

@@ -1,0 +1,167 @@
+"""The curator's pairs as the training loop's micro-batches: what `train.feed.Feed` is for a dataset.
+
+start       every rank: weights of the first version ──> curator.start           (rank 0)
+batches(s)  every rank: curator.pairs(s) ──> this rank's share, as micro-batches  (the same pairs on every rank)
+after_step  weights of version s + 1 ──> curator.published                        (rank 0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_service.clock import monotonic
+from dpo_service.errors import DpoServiceError, TrainingError
+from dpo_service.online.export import Exporter
+from dpo_service.online.steps import CuratorClient, PairRow, StepPairs, StepStats
+from dpo_service.rows.plan import BatchPlan
+from dpo_service.specs.run import BatchSpec
+from dpo_service.train.batch import MicroBatch, collate
+from dpo_service.train.ranks import Ranks
+from dpo_service.train.rows import Example, RowTable
+from dpo_service.train.step import TrainState
+
+COUNTERS = "online"
+
+
+@dataclass(frozen=True)
+class OnlinePlan:
+    """How long a run on samples is: an epoch is once through the prompts, if each gave one pair."""
+
+    steps_per_epoch: int
+    total_steps: int
+
+    def epoch(self, step: int) -> float:
+        return step / self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Pairs of a file among the sampled ones: `pairs` a step, in the order of `plan`."""
+
+    rows: RowTable
+    plan: BatchPlan
+
+    def examples(self, step: int) -> list[Example]:
+        return self.rows.take(self.plan.rows(step))
+
+
+class OnlineFeed:
+    """A `train.feed.StepFeed`."""
+
+    has_reference = False
+    validates = False
+
+    def __init__(
+        self,
+        client: CuratorClient,
+        plan: OnlinePlan,
+        batch: BatchSpec,
+        ranks: Ranks,
+        *,
+        sync_every: int | None,
+        dtype: str = "float32",
+        mixed: Mixed | None = None,
+    ) -> None:
+        """`sync_every` and `dtype` as `export.Exporter`; None = the samplers keep the base model."""
+        self.plan = plan
+        self._client, self._batch, self._ranks, self._mixed = client, batch, ranks, mixed
+        self._sync_every, self._dtype = sync_every, dtype
+        self._exporter: Exporter | None = None
+        self._stats = StepStats()
+        self._counters: dict[str, Any] = {}
+
+    @property
+    def about(self) -> str:
+        return f"pairs that are sampled, {self._batch.batch_size} a step"
+
+    def start(self, state: TrainState, step: int, counters: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            TrainingError: on every rank, the samplers could not be started, or not take the weights.
+        """
+        self._counters = dict(counters.get(COUNTERS, {}))
+        error: DpoServiceError | None = None
+        if self._ranks.first:
+            try:
+                self._start(state, step)
+            except DpoServiceError as raised:
+                error = raised
+        if self._ranks.sum([float(error is not None)])[0]:
+            raise error or TrainingError("the samplers could not be started; see rank 0")
+
+    def _start(self, state: TrainState, step: int) -> None:
+        weights = None
+        if self._sync_every is not None:
+            self._exporter = Exporter(state, self._dtype, self._sync_every)
+            weights = self._exporter.first(step)
+        self._client.start(step, weights, self._counters)
+
+    def batches(self, step: int) -> list[MicroBatch]:
+        """This rank's share of the step; it may be empty.
+
+        Raises:
+            TrainingError: the curator has failed (online/curator.py).
+        """
+        examples = self._examples(self._waited_for(step))
+        lengths = [len(row.prompt) + len(row.chosen) + len(row.rejected or ()) for row in examples]
+        plan = BatchPlan(len(examples), len(examples), 1, 1, shuffle=False, seed=0, lengths=lengths)
+        batch = self._batch
+        assigned = plan.assign(0, self._ranks.world, batch.micro_batch_size, batch.micro_batch_tokens)
+        made = [collate([examples[place] for place in micro]) for micro in assigned[self._ranks.rank] if micro]
+        return [micro.pinned() for micro in made] if self._ranks.device.type == "cuda" else made
+
+    def _waited_for(self, step: int) -> StepPairs:
+        started = monotonic()
+        made = self._client.pairs(step)
+        made.stats.wait_seconds = monotonic() - started
+        self._stats += made.stats
+        self._counters = made.counters
+        if self._exporter is not None:
+            self._exporter.drop_before(made.synced)
+        return made
+
+    def _examples(self, made: StepPairs) -> list[Example]:
+        examples = [_example(row) for row in made.rows]
+        return examples + (self._mixed.examples(made.step) if self._mixed else [])
+
+    def divisor(self, step: int) -> float:
+        """Pairs: the losses that are trained on samples are means over them."""
+        return float(self._batch.batch_size)
+
+    def validation_batches(self) -> Iterator[MicroBatch]:
+        return iter(())
+
+    def after_step(self, state: TrainState, step: int) -> None:
+        """Hand out the policy after `step` steps, where the samplers are to have it."""
+        if self._exporter is None or step == self.plan.total_steps:
+            return
+        weights = self._exporter.after(step)
+        if weights is not None:
+            self._client.published(weights)
+
+    def counters(self) -> dict[str, Any]:
+        return {COUNTERS: self._counters}
+
+    def metrics(self) -> dict[str, float]:
+        """Of the steps since the last call; `wait_seconds` is this rank's."""
+        stats, self._stats = self._stats, StepStats()
+        return stats.report()
+
+    def close(self) -> None:
+        """Remove the weights that samplers were given. The curator is not this rank's to end."""
+        if self._exporter is not None:
+            self._exporter.close()
+
+
+def _example(row: PairRow) -> Example:
+    return Example(
+        prompt=list(row.prompt),
+        chosen=list(row.chosen),
+        rejected=list(row.rejected),
+        truncated=row.truncated,
+        label=row.label,
+        sampled_chosen=row.chosen_logp,
+        sampled_rejected=row.rejected_logp,
+    )

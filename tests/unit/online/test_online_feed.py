@@ -1,0 +1,150 @@
+"""The one training loop on sampled pairs: a curator in this process, a sampler of transformers, and a rule for a judge."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_service.online.curator import Curator, CuratorPlan
+from dpo_service.online.fake_sampler import FakeSampler
+from dpo_service.online.feed import OnlineFeed, OnlinePlan
+from dpo_service.online.inprocess import InProcessCurator
+from dpo_service.online.judges.metrics import Counted
+from dpo_service.online.judges.port import Verdict
+from dpo_service.online.sources import Judged
+from dpo_service.specs.adapter import LoraSpec
+from dpo_service.specs.pairing import PairingSpec
+from dpo_service.specs.sampling import SamplerSpec, SamplingSpec
+from dpo_service.train.ranks import Ranks
+from tests.unit.online.curator_kit import KeptSamples, SomePrompts
+from tests.unit.train.training_kit import build_model, make_job
+
+SIZE = 8
+LIKED = range(100)
+"""Tokens that the judge likes: a third of the vocabulary."""
+
+
+@pytest.fixture(autouse=True)
+def _few_threads():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return build_model(tmp_path_factory.mktemp("tiny"))
+
+
+class Likes:
+    """A verifier: the share of an answer's tokens that are among the liked ones."""
+
+    name, digest = "likes", "d"
+
+    async def judge(self, request):
+        return Verdict(self.name, tuple(liked(answer.token_ids) for answer in request.answers))
+
+    async def close(self): ...
+
+
+def liked(tokens):
+    return sum(token in LIKED for token in tokens) / len(tokens)
+
+
+class Reports:
+    """Keeps the metrics."""
+
+    def __init__(self):
+        self.told = []
+
+    def metrics(self, split, step, values, text):
+        self.told.append(values)
+
+    def message(self, *_, **__): ...
+    def checkpoint(self, *_): ...
+    def reference(self, *_): ...
+    def progress(self, *_): ...
+
+
+def online_job(root, model_dir, *, steps, **options):
+    job = make_job(
+        root, model_dir, reference="live", steps=steps, batch_size=SIZE, micro_batch_size=4, validation=0, **options
+    )
+    return job
+
+
+def trained(job, *, staleness=0, sync_every=1, sampler=None, reports=None, kept=None, **options):
+    """The job's run on sampled pairs, and its outcome."""
+    run, total = job.run, job.run.batch.max_steps
+    spec = SamplerSpec(dtype="float32", lora_rank=8 if run.lora else None)
+
+    def make():
+        return Curator(
+            CuratorPlan(total, SIZE, seed=3, staleness=staleness, sync_every=sync_every),
+            SomePrompts(),
+            sampler or FakeSampler(spec, job.model_dir, 0),
+            Judged(Counted(Likes()), PairingSpec(cut_off="any")),
+            SamplingSpec(n=4, max_tokens=4),
+            lambda ids: " ".join(map(str, ids)),
+            kept,
+        )
+
+    with InProcessCurator(make) as client:
+        feed = OnlineFeed(client, OnlinePlan(2, total), run.batch, Ranks(), sync_every=sync_every)
+        return job.train(feed=feed, reports=reports, **options)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_the_verifiers_score_rises(tmp_path, model_dir, staleness):
+    job, reports, kept = online_job(tmp_path, model_dir, steps=16, learning_rate=1e-2), Reports(), KeptSamples()
+    outcome = trained(job, staleness=staleness, reports=reports, kept=kept)
+    assert outcome.steps == 16
+    scores = [values["online/reward"] for values in reports.told]
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.1
+    assert {values["online/staleness"] for values in reports.told[1:]} == {float(staleness)}
+    assert sorted(kept.steps) == list(range(16))
+
+
+def test_on_policy_the_samplers_log_probabilities_are_the_trainers(tmp_path, model_dir):
+    reports = Reports()
+    trained(online_job(tmp_path, model_dir, steps=4), staleness=0, reports=reports)
+    assert max(values["online/logp_gap"] for values in reports.told) < 1e-4
+    stale = Reports()
+    trained(online_job(tmp_path / "stale", model_dir, steps=4), staleness=1, reports=stale)
+    assert stale.told[-1]["online/logp_gap"] > 1e-3, "a policy that has moved is noticed"
+
+
+def test_an_adapter_goes_to_the_samplers_as_one(tmp_path, model_dir):
+    reports = Reports()
+    trained(online_job(tmp_path, model_dir, steps=4, lora=LoraSpec(rank=8)), staleness=0, reports=reports)
+    assert max(values["online/logp_gap"] for values in reports.told) < 1e-4
+    assert reports.told[-1]["logps/chosen"] != reports.told[0]["logps/chosen"]
+
+
+@pytest.mark.parametrize("lora", [None, LoraSpec(rank=8)])
+def test_stopped_and_resumed_on_policy_it_is_the_unbroken_run(tmp_path, model_dir, lora):
+    whole = trained(online_job(tmp_path / "whole", model_dir, steps=4, lora=lora))
+    job = online_job(tmp_path / "parts", model_dir, steps=4, lora=lora)
+    asked = iter([False] * 2 + [True])
+    first = trained(job, stop=lambda: next(asked))
+    assert (first.steps, first.stopped) == (2, True)
+    second = trained(job)
+    assert second.metrics["rewards/margins"] == whole.metrics["rewards/margins"]
+    assert second.metrics["online/reward"] == whole.metrics["online/reward"]
+
+
+def test_no_weights_are_left_in_shared_memory(tmp_path, model_dir):
+    job = online_job(tmp_path, model_dir, steps=2)
+    trained(job)
+    job = dataclasses.replace(job, run=job.run.model_copy(update={"job_id": "k"}))
+
+    class Failing(FakeSampler):
+        async def sample(self, prompts, options):
+            raise ZeroDivisionError
+
+    failing = Failing(SamplerSpec(), job.model_dir, 0)
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        trained(job, sampler=failing)
+    assert not list(Path("/dev/shm").glob(f"dpo-weights-{os.getpid()}-*"))
