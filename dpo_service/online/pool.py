@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from dpo_service.errors import SamplerLost, TrainingError, WeightsRefused
 from dpo_service.online.port import Sample, SamplePrompt, Sampler, Synced, Weights
-from dpo_service.online.vllm_sampler import all_of
+from dpo_service.online.together import all_of
 from dpo_service.specs.sampling import SamplingSpec
 
 log = logging.getLogger(__name__)

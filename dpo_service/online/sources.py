@@ -103,12 +103,14 @@ class Rejection(Judged):
 class Winning(Judged):
     """SPPO: the answers with the highest and the lowest probability to beat the policy; the label is the former's."""
 
-    def __init__(self, judge: Counted) -> None:
+    def __init__(self, judge: Counted, scale: float) -> None:
+        """`scale` as in `winning.by_score`, for judges that score and do not compare."""
         super().__init__(judge, PairingSpec())
+        self._scale = scale
 
     async def choose(self, prompt: PromptRow, answers: Sequence[Answer], seed: str) -> Chosen:
         verdict = await self._judge.judge(request_of(prompt, answers))
-        probabilities = by_comparison(verdict) if verdict.pairs else by_score(verdict.scores)
+        probabilities = by_comparison(verdict) if verdict.pairs else by_score(verdict.scores, self._scale)
         if all(one is None for one in probabilities):
             return Chosen((), TOO_FEW, verdict)
         pair = best_and_worst(probabilities)

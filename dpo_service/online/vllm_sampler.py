@@ -24,6 +24,7 @@ from dpo_service.errors import SamplerLost, TrainingError, WeightsRefused
 from dpo_service.online.engine import engine_options
 from dpo_service.online.gate import Gate
 from dpo_service.online.port import Sample, SamplePrompt, Synced, Weights
+from dpo_service.online.together import all_of
 from dpo_service.online.weights import check, check_shapes, model_shapes
 from dpo_service.serve import inprocess
 from dpo_service.specs.sampling import SamplerSpec, SamplingSpec
@@ -219,18 +220,6 @@ def _sample(answer: Any, version: int) -> Sample:
         finished=answer.finish_reason == "stop",
         version=version,
     )
-
-
-async def all_of(work: Any) -> list[Any]:
-    """The results in order; the first failure ends the others and is raised as it is."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -101,8 +101,8 @@ class Tokenizer:
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], *, special_tokens: bool = True) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=not special_tokens)
 
     def render(
         self,

@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 class StepPlan(Protocol):
     """How long a run is."""
 
-    steps_per_epoch: int
-    total_steps: int
-
+    @property
+    def steps_per_epoch(self) -> int: ...
+    @property
+    def total_steps(self) -> int: ...
     def epoch(self, step: int) -> float: ...
 
 

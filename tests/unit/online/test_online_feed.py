@@ -1,4 +1,4 @@
-"""The one training loop on sampled pairs: a curator in this process, a sampler of transformers, and a rule for a judge."""
+"""The one training loop on sampled pairs: a curator in this process, a transformers sampler, a rule for a judge."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dpo_service.online.judges.metrics import Counted
 from dpo_service.online.judges.port import Verdict
 from dpo_service.online.sources import Judged
 from dpo_service.specs.adapter import LoraSpec
+from dpo_service.specs.method import RefreshSpec
 from dpo_service.specs.pairing import PairingSpec
 from dpo_service.specs.sampling import SamplerSpec, SamplingSpec
 from dpo_service.train.ranks import Ranks
@@ -103,7 +104,7 @@ def test_the_verifiers_score_rises(tmp_path, model_dir, staleness):
     assert outcome.steps == 16
     scores = [values["online/reward"] for values in reports.told]
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.1
-    assert {values["online/staleness"] for values in reports.told[1:]} == {float(staleness)}
+    assert all(values["online/staleness"] <= staleness for values in reports.told)
     assert sorted(kept.steps) == list(range(16))
 
 
@@ -113,7 +114,7 @@ def test_on_policy_the_samplers_log_probabilities_are_the_trainers(tmp_path, mod
     assert max(values["online/logp_gap"] for values in reports.told) < 1e-4
     stale = Reports()
     trained(online_job(tmp_path / "stale", model_dir, steps=4), staleness=1, reports=stale)
-    assert stale.told[-1]["online/logp_gap"] > 1e-3, "a policy that has moved is noticed"
+    assert max(values["online/logp_gap"] for values in stale.told) > 1e-3, "a policy that has moved is noticed"
 
 
 def test_an_adapter_goes_to_the_samplers_as_one(tmp_path, model_dir):
@@ -131,6 +132,19 @@ def test_stopped_and_resumed_on_policy_it_is_the_unbroken_run(tmp_path, model_di
     first = trained(job, stop=lambda: next(asked))
     assert (first.steps, first.stopped) == (2, True)
     second = trained(job)
+    assert second.metrics["rewards/margins"] == whole.metrics["rewards/margins"]
+    assert second.metrics["online/reward"] == whole.metrics["online/reward"]
+
+
+@pytest.mark.parametrize("lora", [None, LoraSpec(rank=8)])
+def test_resumed_within_an_iteration_it_samples_from_the_iterate(tmp_path, model_dir, lora):
+    """Iterations of two steps: the run is stopped after the third, and the samplers get version 2 again."""
+    options = {"steps": 4, "lora": lora, "refresh": RefreshSpec(every_steps=2)}
+    whole = trained(online_job(tmp_path / "whole", model_dir, **options), sync_every=2)
+    job = online_job(tmp_path / "parts", model_dir, **options)
+    asked = iter([False] * 3 + [True])
+    assert trained(job, stop=lambda: next(asked), sync_every=2).steps == 3
+    second = trained(job, sync_every=2)
     assert second.metrics["rewards/margins"] == whole.metrics["rewards/margins"]
     assert second.metrics["online/reward"] == whole.metrics["online/reward"]
 
