@@ -100,6 +100,7 @@ bench: install-dev ## Losses, speed and memory beside TRL's DPOTrainer; writes b
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.plan_memory
 	$(BIN)/python -m benchmarks.checkpoint
+	$(BIN)/python -m benchmarks.weight_sync
 	$(BIN)/python -m benchmarks.report
 
 bench-gpu: install-dev ## Speed and utilisation on a CUDA device, by attention backend and beside TRL

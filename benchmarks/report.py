@@ -45,6 +45,10 @@ def _besides(entry: dict[str, Any]) -> str:
     if "share_of_step_time" in entry:
         shares = entry["share_of_step_time"], entry["setting"]["steps"]
         said.append(f"{shares[0]['ours']:.1%} of the time of {shares[1]} steps")
+    if "of_plain" in entry:
+        said.append(f"{entry['of_plain']:.0%} of the peer without seeds and log-probabilities")
+    if "publish_s" in entry:
+        said.append(f"{entry['parameters'] / 1e6:.1f}M parameters, {entry['publish_s']:.3f} s of it to publish")
     if "around_the_steps" in entry:
         said.append(f"{entry['around_the_steps']:.0f} s around {entry['stages']['steps']:.0f} s of steps")
     return "; ".join(said)

@@ -52,10 +52,11 @@ class VllmSampler:
     @classmethod
     async def start(cls, spec: SamplerSpec, model_dir: Path, version: int) -> Self:
         """Load the model of `model_dir`, whose weights are the policy's `version` (with an adapter: the base's)."""
+        options = engine_options(spec, model_dir)  # a model that is not there is told before vLLM is imported
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        arguments = AsyncEngineArgs(**engine_options(spec, model_dir))
+        arguments = AsyncEngineArgs(**options)
         engine = AsyncLLM.from_engine_args(arguments) if spec.gpus else inprocess.async_llm(arguments)
         sampler = cls(engine, spec, model_dir, version)
         await engine.update_weight_version(str(version))

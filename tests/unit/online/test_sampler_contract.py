@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_service.errors import WeightsRefused
+from dpo_service.errors import SamplerLost, WeightsRefused
 from dpo_service.online.actors import start_actor
 from dpo_service.online.fake_sampler import FakeSampler
 from dpo_service.online.port import Sampler
@@ -153,3 +153,19 @@ def _damaged(weights, damage):
     file = path / "adapter_model.safetensors" if path.is_dir() else path
     file.write_bytes(damage(file.read_bytes()))
     return weights
+
+
+@pytest.mark.ray
+async def test_torn_weights_answer_nothing_until_an_update_has_succeeded(actors, model_dir, folder):
+    sampler, policy = actors["full"], Policy(model_dir, folder, adapter=False, seed=3)
+    before = await sampler.version()
+    policy.train()
+    weights = policy.publish(before + 1)
+    await sampler.call("start_weight_update")
+    with pytest.raises(SamplerLost, match="failed to load"):
+        await sampler.call("update_weights", {"path": "/nowhere"})
+    assert await sampler.version() == -1
+    with pytest.raises(SamplerLost, match="torn"):
+        await sampler.sample(some_prompts(), OPTIONS)
+    await sampler.sync(weights)
+    assert policy.gap(some_prompts(), await sampler.sample(some_prompts(), OPTIONS)) < CLOSE
