@@ -3,7 +3,7 @@
     sample ── enter ──> [ waiting, in order ] ──> [ inside <= limit ] ── leave ──>
     sync   ── closed ──> lets nobody in any more, waits until nobody is inside, changes the weights, opens again
 
-So a sync waits for the answers of one round of slots and not for everything that was asked.
+So a sync waits for the answers that have a slot and not for everything that was asked.
 """
 
 from __future__ import annotations

@@ -42,8 +42,9 @@ class VllmSampler:
         self._spec = spec
         self._shapes = model_shapes(model_dir)
         self._version = version
-        # Above the engine's own number, so that it always has someone to go on with.
-        self._gate = Gate(spec.max_num_seqs + spec.max_num_seqs // 4 + 1)
+        # Twice the engine's own number: a prompt holds its slots until the last of its answers has ended, and the
+        # engine is to have someone to go on with.
+        self._gate = Gate(2 * spec.max_num_seqs)
         self._adapter: Any = None
         self._torn: str | None = None
         self._held = AsyncExitStack()
