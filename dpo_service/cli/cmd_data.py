@@ -127,6 +127,7 @@ def _facts(report: DatasetReport) -> list[tuple[str, str]]:
         "answers cut at the end": report.truncated_answers,
         "desirable answers": report.desirable or 0,
         "undesirable answers": report.undesirable or 0,
+        "prompts with a reference answer": report.references or 0,
         contradictions: report.contradictions,
         "ties": report.ties,
     }

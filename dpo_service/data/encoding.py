@@ -9,12 +9,13 @@ cluster has room for. A bad row comes back as data, so that the first one in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
@@ -25,18 +26,21 @@ from dpo_service.rows.encode import Encoded, encode
 from dpo_service.rows.facts import FACTS, Facts, fact_of
 from dpo_service.rows.formats import BY_NAME, Format, recognise
 from dpo_service.rows.kinds import as_kind, rows_of
+from dpo_service.rows.row import Row
 from dpo_service.rows.sources import parse_row, raw_rows
 from dpo_service.rows.template import Tokenizer
 from dpo_service.specs.data import DataSpec, Truncation
-from dpo_service.specs.method import RowKind
+from dpo_service.specs.method import PROMPT_KINDS, RowKind
 
 SHARD_BYTES = 4 << 20
 _RAW = pa.schema([("line", pa.int64()), ("row", pa.binary())])
 _TOKENS = pa.list_(pa.int32())
 ENCODED = pa.schema([("prompt", _TOKENS), ("first", _TOKENS), ("second", _TOKENS)])
 """Token ids: `first` is the chosen answer, or the only one; `second` that of a pair, or of KTO's mismatched row."""
+TEXTS = pa.schema([("prompt_text", pa.string()), ("reference", pa.string()), ("row", pa.string())])
+"""Of prompts whose answers are sampled, for those who judge: as in `DatasetManifest`."""
 _RESULT = pa.schema(
-    [("facts", pa.binary(FACTS.itemsize)), ("error", pa.string()), ("error_line", pa.int64()), *ENCODED]
+    [("facts", pa.binary(FACTS.itemsize)), ("error", pa.string()), ("error_line", pa.int64()), *ENCODED, *TEXTS]
 )
 Progress = Callable[[str, int, int], None]
 """Told (stage, rows done, rows in all; 0 = not known yet)."""
@@ -44,11 +48,15 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class EncodedFile:
-    """A file's rows as token ids: `path` holds them (schema `ENCODED`), `facts` one entry for each, in file order."""
+    """A file's rows as token ids: `path` holds them (`columns_of` its kind), `facts` one entry each, in file order."""
 
     found: Format
     path: Path
     facts: Facts
+
+
+def columns_of(kind: RowKind) -> pa.Schema:
+    return pa.schema([*ENCODED, *TEXTS]) if kind in PROMPT_KINDS else ENCODED
 
 
 def encode_file(
@@ -61,14 +69,14 @@ def encode_file(
     """
     scratch.mkdir(parents=True)
     found, shards, rows = spool(path, name, spec.rows, scratch, progress)
-    target = scratch / "encoded.parquet"
+    target, columns = scratch / "encoded.parquet", columns_of(spec.rows)
     facts: list[Facts] = []
     done = 0
-    with pq.ParquetWriter(target, ENCODED) as writer:
+    with pq.ParquetWriter(target, columns) as writer:
         for table in _encode_shards(shards, found, spec, model_dir):
             _raise_first_error(table)
             facts.append(np.frombuffer(b"".join(table["facts"].to_pylist()), FACTS))
-            writer.write_table(table.select(ENCODED.names).cast(ENCODED))
+            writer.write_table(table.select(columns.names).cast(columns))
             done += len(table)
             progress("tokenising", done, rows)
     for shard in shards:
@@ -127,28 +135,45 @@ def _encode_shards(shards: list[Path], found: Format, spec: DataSpec, model_dir:
                 "model_dir": str(model_dir),
                 "max_length": spec.max_length,
                 "truncation": spec.truncation,
+                "answer_room": spec.answer_room,
             },
         )
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def encode_batch(
-    table: pa.Table, *, format_name: str, kind: RowKind, model_dir: str, max_length: int, truncation: Truncation
+    table: pa.Table,
+    *,
+    format_name: str,
+    kind: RowKind,
+    model_dir: str,
+    max_length: int,
+    truncation: Truncation,
+    answer_room: int = 0,
 ) -> pa.Table:
     """Raw rows (line, row) to facts and token ids, up to the first bad row, which is the last of the result."""
     tokenizer, expected = _tokenizer(model_dir), as_kind(BY_NAME[format_name], kind)
-    facts, tokens = [], []
+    facts, tokens, texts = [], [], []
     bad: InvalidData | None = None
     for line, text in zip(table["line"].to_pylist(), table["row"].to_pylist(), strict=True):
         try:
             rows = rows_of(parse_row(text, line), line, expected)
-            encoded = [encode(row, tokenizer, max_length, truncation) for row in rows]
+            encoded = [encode(row, tokenizer, max_length, truncation, answer_room) for row in rows]
         except InvalidData as error:
             bad = error
             break
         facts += [fact_of(row, made) for row, made in zip(rows, encoded, strict=True)]
         tokens += [[made.prompt, *made.answers] if isinstance(made, Encoded) else [] for made in encoded]
-    return _result(np.array(facts, FACTS), tokens, bad)
+        texts += [_texts(row) if kind in PROMPT_KINDS else (None, None, None) for row in rows]
+    return _result(np.array(facts, FACTS), tokens, texts, bad)
+
+
+def _texts(row: Row) -> tuple[str, str | None, str]:
+    return _json(row.prompt), row.reference, _json(row.columns or {})
+
+
+def _json(value: object) -> str:
+    return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
 @lru_cache(maxsize=4)
@@ -157,13 +182,19 @@ def _tokenizer(model_dir: str) -> Tokenizer:
     return Tokenizer.load(Path(model_dir))
 
 
-def _result(facts: Facts, tokens: list[list[list[int]]], bad: InvalidData | None) -> pa.Table:
+def _result(
+    facts: Facts,
+    tokens: list[list[list[int]]],
+    texts: Sequence[tuple[str | None, str | None, str | None]],
+    bad: InvalidData | None,
+) -> pa.Table:
     extra = 1 if bad is not None else 0
     packed = [fact.tobytes() for fact in facts] + [bytes(FACTS.itemsize)] * extra
     columns = [[row[i] if i < len(row) else [] for row in tokens] + [[]] * extra for i in range(3)]
     errors = [None] * len(facts) + ([bad.message] if bad else [])
     lines = [None] * len(facts) + ([bad.line] if bad else [])
-    return pa.table([packed, errors, lines, *columns], schema=_RESULT)
+    told = [[row[i] for row in texts] + [None] * extra for i in range(3)]
+    return pa.table([packed, errors, lines, *columns, *told], schema=_RESULT)
 
 
 def _raise_first_error(table: pa.Table) -> None:

@@ -29,11 +29,11 @@ from dpo_service.reports import Reporter
 from dpo_service.rows.check import MIN_ROWS, require_rows
 from dpo_service.rows.facts import decide, report
 from dpo_service.rows.holdout import Mask, hold_out
-from dpo_service.rows.plan import BatchPlan
+from dpo_service.rows.plan import BatchPlan, PromptOrder
 from dpo_service.rows.summary import summary
 from dpo_service.rows.template import Tokenizer
 from dpo_service.specs.data import DataSpec
-from dpo_service.specs.method import RowKind
+from dpo_service.specs.method import PROMPT_KINDS, RowKind
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import BatchSpec
 from dpo_service.storage import paths
@@ -94,14 +94,15 @@ def _existing(store: Store, key: str) -> DatasetManifest | None:
     try:
         manifest = store.read_model(f"{key}/{MANIFEST}", DatasetManifest)
         splits = [split for split in (manifest.train, manifest.validation) if split is not None]
-        whole = all(_verifies(store, manifest, split) for split in splits) and store.exists(manifest.plan)
+        whole = all(_verifies(store, manifest.rows, split) for split in splits) and store.exists(manifest.plan)
+        whole = whole and (manifest.mix is None or _verifies(store, "pairs", manifest.mix))
     except (OSError, ValueError, KeyError, pa.ArrowException):  # damaged: made again
         return None
     return manifest if whole else None
 
 
-def _verifies(store: Store, manifest: DatasetManifest, split: SplitManifest) -> bool:
-    names = ["prompt", *ANSWERS[manifest.rows]]
+def _verifies(store: Store, rows: RowKind, split: SplitManifest) -> bool:
+    names = ["prompt", *ANSWERS[rows]]
     return split_digest([store.path(file) for file in split.files], names) == split.digest
 
 
@@ -136,12 +137,17 @@ class _Stage:
         if scorer is not None:
             for split in [train, validation] if validation is not None else [train]:
                 self._add_reference(split, scorer, reference_digest, scored_as, resources)
+        mix = self._mix()
         plan = self._plan(train)
-        write_plan(plan, self.directory / PLAN)
+        if isinstance(plan, BatchPlan):
+            write_plan(plan, self.directory / PLAN)
+        else:
+            write_order(plan, self.directory / PLAN)
         return DatasetManifest(
             rows=self.spec.rows,
             train=train,
             validation=validation,
+            mix=mix,
             report=made,
             plan=f"{self.key}/{PLAN}",
             steps_per_epoch=plan.steps_per_epoch,
@@ -169,7 +175,21 @@ class _Stage:
         out = hold_out(facts, spec.eval_split, spec.seed)
         return self._write("train", training, kept & ~out), self._write("validation", training, out), made
 
-    def _encode(self, field: str, key: str | None, name: str | None) -> EncodedFile | None:
+    def _mix(self) -> SplitManifest | None:
+        """The pairs to train on among sampled ones."""
+        as_pairs = self.spec.model_copy(update={"rows": "pairs", "answer_room": 0})
+        encoded = self._encode("mix.file", self.spec.mix_file, self.spec.mix_name, as_pairs)
+        if encoded is None:
+            return None
+        facts = decide(encoded.facts, deduplicate=self.spec.deduplicate)
+        require_rows(report(facts, encoded.found), self.spec.mix_name or "mix.file")
+        return write_split(
+            "mix", EncodedFile(encoded.found, encoded.path, facts), facts["reason"] == 0, self.directory, self.key
+        )
+
+    def _encode(
+        self, field: str, key: str | None, name: str | None, spec: DataSpec | None = None
+    ) -> EncodedFile | None:
         if key is None:
             return None
         path = self.store.path(key)
@@ -177,7 +197,7 @@ class _Stage:
             return encode_file(
                 path,
                 name or path.name,
-                self.spec,
+                spec or self.spec,
                 model_dir=self.model_dir,
                 scratch=self.scratch / field,
                 progress=self._progress(field),
@@ -251,7 +271,7 @@ class _Stage:
         )
         add_columns(files, ANSWERS[self.spec.rows], values)
 
-    def _plan(self, train: SplitManifest) -> BatchPlan:
+    def _plan(self, train: SplitManifest) -> BatchPlan | PromptOrder:
         if train.rows < max(MIN_ROWS, self.batch.batch_size):
             raise InvalidSpec(
                 f"batch_size is {self.batch.batch_size} and only {train.rows} rows are left to train on; choose a "
@@ -259,6 +279,8 @@ class _Stage:
                 param="batch_size",
             )
         batch, spec = self.batch, self.spec
+        if spec.rows in PROMPT_KINDS:
+            return PromptOrder(train.rows, batch.batch_size, batch.n_epochs, batch.max_steps, spec.shuffle, spec.seed)
         lengths = row_lengths(self._paths(train), spec.rows)
         return BatchPlan(
             train.rows, batch.batch_size, batch.n_epochs, batch.max_steps, spec.shuffle, spec.seed, lengths
@@ -283,3 +305,9 @@ def write_plan(plan: BatchPlan, path: Path) -> None:
             steps = range(start, min(start + plan.steps_per_epoch, plan.total_steps))
             columns = [list(steps), [start // plan.steps_per_epoch] * len(steps), [plan.rows(step) for step in steps]]
             writer.write_table(pa.table(columns, schema=schema))
+
+
+def write_order(order: PromptOrder, path: Path) -> None:
+    """The order of the first epoch as a table: position, row. A record; the loop rebuilds it."""
+    positions = np.arange(order.n_rows)
+    pq.write_table(pa.table({"position": positions, "row": [order.row(int(place)) for place in positions]}), path)

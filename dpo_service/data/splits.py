@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_service.data.encoding import ENCODED, EncodedFile
+from dpo_service.data.encoding import ENCODED, TEXTS, EncodedFile
 from dpo_service.manifests.dataset import ANSWERS, SplitManifest
 from dpo_service.rows.facts import Facts
 from dpo_service.rows.holdout import Mask
@@ -24,7 +24,6 @@ def write_split(name: str, source: EncodedFile, members: Mask, directory: Path, 
 
     `key` is the storage key that the directory will have once it is published.
     """
-    assert source.found.rows is not None
     names = ["prompt", *ANSWERS[source.found.rows]]
     files, rows, tokens = [], 0, 0
     digest = hashlib.sha256()
@@ -59,7 +58,8 @@ def _chunks(source: EncodedFile, members: Mask, names: Sequence[str], labelled: 
 
 def _select(table: pa.Table, facts: Facts, members: Mask, names: Sequence[str], labelled: bool) -> pa.Table:
     columns = ["prompt", "first", "second"][: len(names)]
-    table = table.select(columns).rename_columns(list(names)).filter(pa.array(members))
+    texts = [name for name in TEXTS.names if name in table.column_names]
+    table = table.select([*columns, *texts]).rename_columns([*names, *texts]).filter(pa.array(members))
     facts = facts[members]
     truncated = facts["prompt_cut"] | facts["answer_cut"]
     table = table.append_column("truncated", pa.array(truncated)).append_column("line", pa.array(facts["line"]))

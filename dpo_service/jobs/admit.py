@@ -23,7 +23,7 @@ from dpo_service.clock import Clock, SystemClock
 from dpo_service.cluster.port import Capacity, Cluster
 from dpo_service.db.session import Database
 from dpo_service.errors import ClusterError, InvalidData, InvalidSpec, NotFound, Unavailable
-from dpo_service.jobs import choices, sampled_choices
+from dpo_service.jobs import choices, sampled_checks, sampled_choices
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.planning.workload import Lengths
 from dpo_service.registry import files
@@ -39,7 +39,7 @@ from dpo_service.rows.mismatch import mismatched_rows
 from dpo_service.rows.template import Tokenizer
 from dpo_service.settings import Settings
 from dpo_service.specs.job import JobSpec
-from dpo_service.specs.judge import RewardModelJudgeSpec, RulesJudgeSpec
+from dpo_service.specs.judge import RewardModelJudgeSpec
 from dpo_service.specs.method import RowKind
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import ModelSource, RunSpec
@@ -111,7 +111,7 @@ async def admit(
     require_there(spec)
     _require_trackers(spec)
     _require_quantizer(spec)
-    _require_verifiers(spec)
+    sampled_checks.require_verifiers(spec)
     model = await resolve(spec.model, database=database, store=store, settings=settings)
     named = await files_of(spec, database, clock)
     choices.max_length(spec, model.max_length)
@@ -202,16 +202,6 @@ def _require_quantizer(spec: JobSpec) -> None:
         )
 
 
-def _require_verifiers(spec: JobSpec) -> None:
-    missing = spec.judge.unregistered() if isinstance(spec.judge, RulesJudgeSpec) else ()
-    if missing:
-        raise InvalidSpec(
-            f"no package that is installed where the service runs registers the verifier {missing[0]!r}; install it "
-            "there and on the cluster's machines, or use a built-in rule",
-            param="judge.rules",
-        )
-
-
 async def _file(
     spec: JobSpec, param: str, file_id: str, needed: RowKind, database: Database, clock: Clock | None
 ) -> File:
@@ -230,10 +220,15 @@ async def _file(
     if file.rows is not None and not usable(held, needed):
         raise InvalidSpec(
             f"{_who_needs(spec, param)} needs {NEEDS[needed]}, and {file.name!r} ({file_id}) holds "
-            f"{HOLDS[held]}; give another file{'' if param == 'mix.file' else f', or method {TAKES[held]!r}'}",
+            f"{HOLDS[held]}; give another file{_other_method(held, param)}",
             param=param,
         )
     return file
+
+
+def _other_method(held: RowKind, param: str) -> str:
+    there = param != "mix.file" and TAKES[held] not in NOT_THERE_YET
+    return f", or method {TAKES[held]!r}" if there else ""
 
 
 def _who_needs(spec: JobSpec, param: str) -> str:
@@ -248,19 +243,25 @@ def _check_rows(
     max_length: int,
     seed: int,
 ) -> _Usable:
-    """Read both files, and decide as the data stage will which rows are left to train on."""
+    """Read all files, and decide as the data stage will which rows are left to train on."""
+    room = sampled_choices.answer_room(spec, max_length)
 
-    def read(param: str, file: File) -> tuple[Facts, Format]:
+    def read(param: str, file: File, rows: RowKind | None = None) -> tuple[Facts, Format]:
         with _blaming(param):
             return examine(
                 place(file),
                 file.name,
-                rows=spec.method.row.rows,
+                rows=rows or spec.method.row.rows,
                 tokenizer=tokenizer,
                 max_length=max_length,
                 truncation=spec.truncation,
+                answer_room=0 if rows else room,
             )
 
+    if named.mix is not None:
+        pairs, found = read("mix.file", named.mix, "pairs")
+        with _blaming("mix.file"):
+            require_rows(report(decide(pairs, deduplicate=spec.deduplicate), found), named.mix.name)
     held = None
     if named.validation is not None:
         held, found = read("validation_file", named.validation)
@@ -271,6 +272,7 @@ def _check_rows(
     made = report(facts, found)
     with _blaming("training_file"):
         require_rows(made, named.training.name)
+    sampled_checks.require_references(spec, made)
     held_out = _held_out(facts, spec.eval.split, seed, made.kept)
     if spec.method.row.rows == "unpaired":
         _require_mismatches(facts, held_out, seed)
@@ -278,7 +280,7 @@ def _check_rows(
             with _blaming("validation_file"):
                 mismatched_rows(held["prompt"][held["reason"] == 0], seed)
     train_rows = made.kept - int(held_out.sum())
-    return _Usable(made, train_rows, Lengths.of(facts, train_rows))
+    return _Usable(made, train_rows, Lengths.of(facts, train_rows, room))
 
 
 def _require_mismatches(facts: Facts, held_out: Mask, seed: int) -> None:
@@ -324,21 +326,9 @@ async def _capacity(cluster: Cluster) -> Capacity:
 
 
 def _require_capacity(spec: JobSpec, capacity: Capacity) -> None:
-    """Workers and samplers run at the same time."""
     _require_workers(spec.resources, capacity)
-    if not sampled_choices.sampled(spec):
-        return
-    wanted, samplers = spec.resources, sampled_choices.samplers(spec, spec.max_length or choices.DEFAULT_MAX_LENGTH)
-    shared = samplers.samplers if samplers.shares_device else 0
-    gpus = wanted.workers * wanted.gpus_per_worker + samplers.samplers * samplers.gpus - shared
-    cpus = wanted.workers * wanted.cpus_per_worker + samplers.samplers * samplers.cpus
-    for kind, needed, there in (("GPU", gpus, capacity.gpus), ("CPU", cpus, capacity.cpus)):
-        if needed > there:
-            raise InvalidSpec(
-                f"{wanted.workers} workers and {samplers.samplers} samplers need {needed} {kind}s together; the "
-                f"cluster has {there:.0f}; use fewer of them, or set sampling.{kind.lower()}s_per_sampler lower",
-                param="sampling.samplers",
-            )
+    if sampled_choices.sampled(spec):
+        sampled_checks.require_room(spec, capacity)
 
 
 def _require_workers(wanted: ResourceSpec, capacity: Capacity) -> None:

@@ -52,6 +52,8 @@ class DatasetReport(Spec):
     """Pairs with a `chosen_probability`."""
     desirable: int | None = None
     undesirable: int | None = None
+    references: int | None = None
+    """Of prompts whose answers are sampled: how many come with an answer that a judge can compare with."""
     prompt_tokens: LengthStats | None = None
     chosen_tokens: LengthStats | None = None
     rejected_tokens: LengthStats | None = None
@@ -77,17 +79,22 @@ class DatasetManifest(Spec):
 
     Parquet columns: index int64; prompt and `ANSWERS` list<int32>; truncated bool; line int64, in the uploaded file;
     label float32 of unpaired rows, 1 = desirable, 0 = undesirable, and of pairs where any has a judged probability that
-    chosen wins; and where the reference is cached float32 ref_chosen
-    and so on, one for each column of answers.
+    chosen wins; and where the reference is cached float32 ref_chosen and so on, one for each column of answers.
+
+    Where answers are sampled, also strings: prompt_text, JSON of a text or of a conversation's messages; reference, the
+    file's own answer, or null; row, a JSON object of the row's other columns.
     """
 
     rows: RowKind
     train: SplitManifest
     validation: SplitManifest | None = None
+    mix: SplitManifest | None = None
+    """Pairs to train on among sampled ones."""
     report: DatasetReport
     plan: str
-    """Storage key of the batch plan (data/plan.py)."""
+    """Storage key of the batch plan or, of prompts, of their order (rows/plan.py)."""
     steps_per_epoch: int
+    """Of prompts: steps in which each is sampled once, if each gives a pair."""
     total_steps: int
     tokenizer_digest: str
     template_digest: str | None = None

@@ -33,12 +33,13 @@ class Lengths:
         return self.prompt + self.chosen + self.rejected
 
     @classmethod
-    def of(cls, facts: Facts, rows: int) -> Lengths:
-        """Of `rows` rows that stay: those whose tokens were counted stand for the others of a large file."""
+    def of(cls, facts: Facts, rows: int, sampled: int = 0) -> Lengths:
+        """Of `rows` rows that stay: those whose tokens were counted stand for the others of a large file. Answers that
+        are not there yet are taken to have `sampled` tokens."""
         known = facts[(facts["reason"] == 0) & (facts["n_prompt"] >= 0)]
         some = known[np.arange(rows) % len(known)]
         prompt, chosen, rejected = (some[name].astype(np.int64) for name in ("n_prompt", "n_first", "n_second"))
-        return cls(prompt, chosen, np.maximum(rejected, 0))
+        return cls(prompt, np.where(chosen < 0, sampled, chosen), np.where(rejected < 0, sampled, rejected))
 
     @classmethod
     def alike(cls, rows: int, prompt: int, answer: int) -> Lengths:

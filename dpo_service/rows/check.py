@@ -10,9 +10,10 @@ from dpo_service.errors import InvalidData
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.rows.encode import Dropped, Encoded, encode
 from dpo_service.rows.facts import Facts, collect, decide, fact_of, report
-from dpo_service.rows.formats import Format, Row, Text, recognise
+from dpo_service.rows.formats import Format, recognise
 from dpo_service.rows.kinds import as_kind, rows_of
 from dpo_service.rows.messages import Message
+from dpo_service.rows.row import Row, Text
 from dpo_service.rows.sources import read_rows
 from dpo_service.rows.template import Tokenizer
 from dpo_service.specs.data import Truncation
@@ -64,9 +65,11 @@ def examine(
     max_length: int | None = None,
     truncation: Truncation = "refuse",
     full: bool = False,
+    answer_room: int = 0,
 ) -> tuple[Facts, Format]:
-    """The facts of every row, before rows are compared with each other (`facts.decide`). As `check_file` otherwise."""
-    counter = _Counter(tokenizer, max_length, truncation, full) if tokenizer is not None else None
+    """The facts of every row, before rows are compared with each other (`facts.decide`). As `check_file`; `answer_room`
+    as `encode` takes it."""
+    counter = _Counter(tokenizer, max_length, truncation, full, answer_room) if tokenizer is not None else None
     found: Format | None = None
 
     def entries() -> Iterator[tuple[object, ...]]:
@@ -105,6 +108,7 @@ class _Counter:
     max_length: int | None
     truncation: Truncation
     full: bool
+    answer_room: int
     spent: int = field(default=0, init=False)
 
     def count(self, row: Row) -> Encoded | Dropped | None:
@@ -113,7 +117,7 @@ class _Counter:
         if not self.full and self.spent > TOKENISE_BYTES and self._surely_fits(row):
             return None
         # Without a maximum nothing is too long; the length of a text in tokens is far below this.
-        return encode(row, self.tokenizer, self.max_length or 1 << 40, self.truncation)
+        return encode(row, self.tokenizer, self.max_length or 1 << 40, self.truncation, self.answer_room)
 
     def _surely_fits(self, row: Row) -> bool:
         """No token is less than a byte of (normalised) text, so a short answer needs no counting."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dpo_service.errors import InvalidData
-from dpo_service.rows.formats import Row
 from dpo_service.rows.messages import Message
+from dpo_service.rows.row import Row
 from dpo_service.rows.template import Tokenizer
 from dpo_service.specs.data import Truncation
 
@@ -21,7 +21,8 @@ DropReason = Literal["answer_too_long", "empty_answer", "chosen_equals_rejected"
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of a row; `len(prompt) + max(len(answer)) <= max_length`, and neither is empty."""
+    """Token ids of a row; `len(prompt) + max(len(answer)) <= max_length`, and neither is empty. A prompt whose answers
+    are sampled has none."""
 
     prompt: list[int]
     answers: tuple[list[int], ...]
@@ -35,8 +36,10 @@ class Dropped:
     reason: DropReason
 
 
-def encode(row: Row, tokenizer: Tokenizer, max_length: int, truncation: Truncation) -> Encoded | Dropped:
-    """Tokenise a row and make it fit.
+def encode(
+    row: Row, tokenizer: Tokenizer, max_length: int, truncation: Truncation, answer_room: int = 0
+) -> Encoded | Dropped:
+    """Tokenise a row and make it fit; `answer_room` tokens stay free for an answer that is sampled.
 
     Raises:
         InvalidData: an answer is too long and `truncation` is "refuse", or the chat template does not take the row.
@@ -45,7 +48,7 @@ def encode(row: Row, tokenizer: Tokenizer, max_length: int, truncation: Truncati
     if not all(answers):
         return Dropped("empty_answer")
     limit = max_length - 1  # one token of the prompt always stays: the first answer token is predicted from it
-    longest = max(len(answer) for answer in answers)
+    longest = max((len(answer) for answer in answers), default=0)
     if longest > limit and truncation == "refuse":
         raise _too_long(row, longest, max_length)
     if longest > limit and truncation == "drop":
@@ -53,7 +56,7 @@ def encode(row: Row, tokenizer: Tokenizer, max_length: int, truncation: Truncati
     answers = tuple(answer[:limit] for answer in answers)
     if len(answers) == 2 and answers[0] == answers[1]:
         return Dropped("chosen_equals_rejected")
-    kept = _keep_end(prompt, max_length - min(longest, limit), tokenizer.bos_token_id)
+    kept = _keep_end(prompt, max_length - max(min(longest, limit), answer_room), tokenizer.bos_token_id)
     return Encoded(kept, answers, prompt_cut=len(kept) < len(prompt), answer_cut=longest > limit)
 
 

@@ -1,4 +1,4 @@
-"""What is remembered of every row of a file (53 bytes each), and what follows from it: who stays, and the report."""
+"""What is remembered of every row of a file (54 bytes each), and what follows from it: who stays, and the report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from dpo_service.manifests.dataset import DatasetReport, DropCount, LengthStats
 from dpo_service.rows.encode import Dropped, Encoded
-from dpo_service.rows.formats import Format, Row, Text
+from dpo_service.rows.formats import Format
+from dpo_service.rows.row import Row, Text
 
 REASONS = ("", "answer_too_long", "empty_answer", "chosen_equals_rejected", "duplicate", "in_validation")
 """Why a row is left out; a fact's `reason` is the position here, 0 = it stays."""
@@ -24,6 +25,7 @@ FACTS = np.dtype(
         ("reason", "u1"),
         ("tie", "?"),
         ("label", "f4"),  # `Row.label`, or NaN
+        ("reference", "?"),  # a prompt that comes with an answer
         ("longer", "i1"),  # 1: the chosen answer is the longer text, -1: the rejected one
         ("prompt_cut", "?"),
         ("answer_cut", "?"),
@@ -45,7 +47,8 @@ def fact_of(row: Row, encoded: Encoded | Dropped | None) -> tuple[object, ...]:
         lengths = [len(answer) for answer in encoded.answers]
         counts = len(encoded.prompt), (lengths or [-1])[0], lengths[1] if len(lengths) > 1 else -1
     label = np.nan if row.label is None else row.label
-    return row.line, _hash(row.prompt), first, second, reason, row.tie, label, _longer(row), *cuts, *counts
+    marks = row.tie, label, row.reference is not None, _longer(row)
+    return row.line, _hash(row.prompt), first, second, reason, *marks, *cuts, *counts
 
 
 def _prints(row: Row) -> tuple[int, int]:
@@ -99,7 +102,7 @@ def _mark(facts: Facts, where: NDArray[np.bool_], reason: str) -> None:
 def report(facts: Facts, found: Format) -> DatasetReport:
     """The report on a file whose rows are decided. `found` is the format as the method reads it (`formats.as_kind`)."""
     kept = facts[facts["reason"] == 0]
-    pairs, unpaired = found.rows == "pairs", found.rows == "unpaired"
+    pairs, unpaired, prompts = (found.rows == kind for kind in ("pairs", "unpaired", "prompts"))
     counted = len(kept) > 0 and bool((kept["n_prompt"] >= 0).all())
     share = float((kept["longer"] > 0).sum() / max(1, (kept["longer"] != 0).sum())) if pairs and len(kept) else None
     made = DatasetReport(
@@ -114,10 +117,11 @@ def report(facts: Facts, found: Format) -> DatasetReport:
         judged=int(np.isfinite(kept["label"]).sum()) if pairs else 0,
         desirable=int((kept["label"] == 1).sum()) if unpaired else None,
         undesirable=int((kept["label"] == 0).sum()) if unpaired else None,
+        references=int(kept["reference"].sum()) if prompts else None,
         prompt_tokens=_stats(kept["n_prompt"]) if counted else None,
         chosen_tokens=_stats(kept["n_first"]) if counted and pairs else None,
         rejected_tokens=_stats(kept["n_second"]) if counted and pairs else None,
-        answer_tokens=_stats(kept["n_first"]) if counted and not pairs else None,
+        answer_tokens=_stats(kept["n_first"]) if counted and not pairs and not prompts else None,
         longer_chosen_share=share,
     )
     return made.model_copy(update={"warnings": tuple(_warnings(made))})

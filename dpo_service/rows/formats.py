@@ -10,42 +10,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_service.errors import InvalidData
+from dpo_service.rows import pair_formats
 from dpo_service.rows.messages import (
-    Message,
     answer_messages,
-    hh_turns,
     is_conversation,
     messages,
     parse_tool_arguments,
     prompt_messages,
     tools_of,
 )
+from dpo_service.rows.row import Json, Row, Text, required_text, with_system
 from dpo_service.specs.method import RowKind
-
-Json = dict[str, Any]
-Text = str | list[Message]
-"""Plain text, or a conversation that a chat template renders."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One training row, whatever its file looked like."""
-
-    line: int
-    prompt: Text
-    answers: tuple[Text, ...]
-    """(chosen, rejected) of a pair, or (answer,)."""
-    tools: list[Message] | None = None
-    tie: bool = False
-    """The annotator marked both answers as equal."""
-    label: float | None = None
-    """An unpaired answer: 1 = desirable, 0 = undesirable. A pair: the judged probability that chosen wins."""
-    plain: tuple[str, ...] | None = None
-    """The row as text (prompt, *answers), for a model without a chat template. Only formats that are text have it."""
-
-    @property
-    def conversational(self) -> bool:
-        return not isinstance(self.prompt, str)
 
 
 @dataclass(frozen=True)
@@ -54,8 +29,8 @@ class Format:
 
     name: str
     title: str
-    rows: RowKind | None
-    """What methods can use it; None = no method of this version."""
+    rows: RowKind
+    """What it holds or, once a method reads it, what that takes it for (`kinds.as_kind`)."""
     columns: frozenset[str]
     matches: Callable[[Json], bool]
     build: Callable[[Json, int], Row]
@@ -116,7 +91,7 @@ def _unrecognised(columns: set[str], line: int) -> InvalidData:
         return InvalidData(
             f"the columns ({found}) are none of the known formats; a pair has prompt, chosen and rejected, or OpenAI's "
             "input, preferred_output and non_preferred_output; a supervised row has messages, or prompt and "
-            "completion, and an unpaired one a label beside them",
+            "completion, an unpaired one a label beside them, and a prompt to sample answers to is `prompt` alone",
             line=line,
         )
     missing = _listed(sorted(nearest.columns - columns))
@@ -149,128 +124,10 @@ def _same(first: Text, second: Text) -> bool:
     return first == second
 
 
-def _string(row: Json, column: str, line: int) -> str:
-    value = row[column]
-    if not isinstance(value, str):
-        raise InvalidData(f"`{column}` must be a text, found {type(value).__name__}", line=line)
-    if not value.strip():
-        mend = "give the prompt" if column == "prompt" else "give the answer's text"
-        raise InvalidData(f"`{column}` is empty; {mend} or remove the row", line=line)
-    return value
-
-
 def _probability(value: object, line: int) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise InvalidData("`chosen_probability` must be a number from 0 to 1", line=line)
     return float(value)
-
-
-def _tie(row: Json) -> bool:
-    """Columns in which annotators say how sure they were."""
-    margin = row.get("margin")
-    if isinstance(margin, int | float) and not isinstance(margin, bool) and margin == 0:
-        return True
-    for first, second in (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")):
-        scores = row.get(first), row.get(second)
-        if scores[0] is not None and scores[0] == scores[1]:
-            return True
-    return False
-
-
-# --- pairs
-
-
-def _openai(row: Json, line: int) -> Row:
-    given = row["input"]
-    if not isinstance(given, dict) or "messages" not in given:
-        raise InvalidData("`input` must be an object with `messages`", line=line)
-    prompt = prompt_messages(given["messages"], "input.messages", line)
-    answers = [answer_messages(row[column], column, line) for column in ("preferred_output", "non_preferred_output")]
-    return Row(
-        line,
-        parse_tool_arguments(prompt),
-        tuple(parse_tool_arguments(answer) for answer in answers),
-        tools_of(given.get("tools"), line),
-        _tie(row),
-    )
-
-
-def _conversational(row: Json, line: int) -> Row:
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": _string(row, "prompt", line)}]
-    conversation = prompt_messages(prompt, "prompt", line)
-    answers = [_after(conversation, row[column], column, line) for column in ("chosen", "rejected")]
-    return Row(line, conversation, tuple(answers), tools_of(row.get("tools"), line), _tie(row))
-
-
-def _after(conversation: list[Message], value: object, column: str, line: int) -> list[Message]:
-    """The answer; some files repeat the whole prompt in front of it."""
-    size = len(conversation)
-    if isinstance(value, list) and len(value) > size and value[:size] == conversation:
-        value = value[size:]
-    return answer_messages(value, column, line)
-
-
-def _text_pair(row: Json, line: int) -> Row:
-    answers = _string(row, "chosen", line), _string(row, "rejected", line)
-    return Row(line, _string(row, "prompt", line), answers, tie=_tie(row))
-
-
-def _sharegpt(row: Json, line: int) -> Row:
-    conversation = prompt_messages(_with_system(row, line), "conversations", line)
-    answers = tuple(answer_messages(row[column], column, line) for column in ("chosen", "rejected"))
-    return Row(line, conversation, answers, tools_of(row.get("tools"), line), _tie(row))
-
-
-def _with_system(row: Json, line: int) -> list[Message]:
-    conversation = messages(row["conversations"], "conversations", line)
-    system = row.get("system")
-    return (
-        [{"role": "system", "content": system}, *conversation] if isinstance(system, str) and system else conversation
-    )
-
-
-def _implicit_conversation(row: Json, line: int) -> Row:
-    chosen, rejected = (messages(row[column], column, line) for column in ("chosen", "rejected"))
-    return _from_shared(chosen, rejected, row, line)
-
-
-def _from_shared(chosen: list[Message], rejected: list[Message], row: Json, line: int) -> Row:
-    shared = 0
-    # The last message of each is the answer, even where both are equal.
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared == 0:
-        raise InvalidData("chosen and rejected share no first message, so there is no prompt; add `prompt`", line=line)
-    prompt = prompt_messages(chosen[:shared], "chosen", line)
-    answers = answer_messages(chosen[shared:], "chosen", line), answer_messages(rejected[shared:], "rejected", line)
-    return Row(line, prompt, answers, tools_of(row.get("tools"), line), _tie(row))
-
-
-def _implicit_text(row: Json, line: int) -> Row:
-    """The shared beginning is the prompt; the space before the first difference goes to the answers (as in TRL)."""
-    chosen, rejected = _string(row, "chosen", line), _string(row, "rejected", line)
-    if chosen.strip() == rejected.strip():
-        raise InvalidData("chosen and rejected are equal, so the pair prefers nothing; remove the row", line=line)
-    shorter = min(len(chosen), len(rejected))
-    cut = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter - 1)
-    if cut and chosen[cut - 1] == " ":
-        cut -= 1
-    if not chosen[:cut].strip():
-        raise InvalidData("chosen and rejected share no beginning, so there is no prompt; add `prompt`", line=line)
-    return Row(line, chosen[:cut], (chosen[cut:], rejected[cut:]), tie=_tie(row))
-
-
-def _hh(row: Json, line: int) -> Row:
-    """Anthropic's HH-RLHF: the whole dialogue as text, twice."""
-    texts = _string(row, "chosen", line), _string(row, "rejected", line)
-    turns = [hh_turns(text) for text in texts]
-    built = _from_shared(turns[0], turns[1], row, line)
-    cut = texts[0].rindex("\n\nAssistant:") + len("\n\nAssistant:")
-    shared = texts[1].startswith(texts[0][:cut]) and all(len(answer) == 1 for answer in built.answers)
-    plain = (texts[0][:cut], texts[0][cut:], texts[1][cut:]) if shared else None
-    return Row(line, built.prompt, built.answers, tie=built.tie, plain=plain)
 
 
 # --- single answers
@@ -278,7 +135,7 @@ def _hh(row: Json, line: int) -> Row:
 
 def _supervised(column: str) -> Callable[[Json, int], Row]:
     def build(row: Json, line: int) -> Row:
-        conversation = messages(row["messages"], column, line) if column == "messages" else _with_system(row, line)
+        conversation = messages(row["messages"], column, line) if column == "messages" else with_system(row, line)
         if conversation[-1]["role"] != "assistant":
             raise InvalidData(f"the last message of `{column}` must be the assistant's: the answer to learn", line=line)
         if conversation[-1].get("weight") == 0:
@@ -296,7 +153,7 @@ def _supervised(column: str) -> Callable[[Json, int], Row]:
 
 def _completion(row: Json, line: int) -> Row:
     if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
-        return Row(line, _string(row, "prompt", line), (_string(row, "completion", line),))
+        return Row(line, required_text(row, "prompt", line), (required_text(row, "completion", line),))
     prompt = prompt_messages(row["prompt"], "prompt", line)
     return Row(
         line, prompt, (answer_messages(row["completion"], "completion", line),), tools_of(row.get("tools"), line)
@@ -310,13 +167,18 @@ def _unpaired(row: Json, line: int) -> Row:
     return replace(built, label=float(row["label"]))
 
 
-# --- recognised, for methods to come
+# --- prompts, whose answers are sampled
 
 
 def _prompt_only(row: Json, line: int) -> Row:
     if isinstance(row["prompt"], str):
-        return Row(line, _string(row, "prompt", line), ())
+        return Row(line, required_text(row, "prompt", line), ())
     return Row(line, prompt_messages(row["prompt"], "prompt", line), (), tools_of(row.get("tools"), line))
+
+
+def _messages_only(row: Json, line: int) -> Row:
+    prompt = parse_tool_arguments(prompt_messages(row["messages"], "messages", line))
+    return Row(line, prompt, (), tools_of(row.get("tools"), line))
 
 
 # --- the table
@@ -345,18 +207,29 @@ def _is_ultrafeedback(row: Json) -> bool:
     )
 
 
-def _format(name: str, title: str, rows: RowKind | None, columns: str, matches: Any, build: Any) -> Format:
+def _awaits_an_answer(row: Json) -> bool:
+    turns = row["messages"]
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    return isinstance(last, dict) and last.get("role") in ("user", "tool", "function")
+
+
+def _format(name: str, title: str, rows: RowKind, columns: str, matches: Any, build: Any) -> Format:
     return Format(name, title, rows, frozenset(columns.split()), matches, build)
 
 
 _OPENAI = "input preferred_output non_preferred_output"
 _TRL = "prompt chosen rejected"
 FORMATS = (
-    _format("openai_preference", "OpenAI preference", "pairs", _OPENAI, _always, _openai),
-    _format("sharegpt", "ShareGPT pairs", "pairs", "conversations chosen rejected", _always, _sharegpt),
-    _format("ultrafeedback", "UltraFeedback", "pairs", _TRL, _is_ultrafeedback, _implicit_conversation),
+    _format("openai_preference", "OpenAI preference", "pairs", _OPENAI, _always, pair_formats.openai),
+    _format("sharegpt", "ShareGPT pairs", "pairs", "conversations chosen rejected", _always, pair_formats.sharegpt),
+    _format("ultrafeedback", "UltraFeedback", "pairs", _TRL, _is_ultrafeedback, pair_formats.implicit_conversation),
     _format(
-        "trl_conversations", "conversations", "pairs", _TRL, _any_list("prompt", "chosen", "rejected"), _conversational
+        "trl_conversations",
+        "conversations",
+        "pairs",
+        _TRL,
+        _any_list("prompt", "chosen", "rejected"),
+        pair_formats.conversational,
     ),
     _format(
         "trl_text",
@@ -364,16 +237,16 @@ FORMATS = (
         "pairs",
         _TRL,
         _no_list("prompt", "chosen", "rejected"),
-        _text_pair,
+        pair_formats.text_pair,
     ),
-    _format("hh_text", "HH-RLHF text", "pairs", "chosen rejected", _is_hh, _hh),
+    _format("hh_text", "HH-RLHF text", "pairs", "chosen rejected", _is_hh, pair_formats.hh),
     _format(
         "implicit_conversations",
         "chosen, rejected as conversations",
         "pairs",
         "chosen rejected",
         _any_list("chosen", "rejected"),
-        _implicit_conversation,
+        pair_formats.implicit_conversation,
     ),
     _format(
         "implicit_text",
@@ -381,16 +254,17 @@ FORMATS = (
         "pairs",
         "chosen rejected",
         _no_list("chosen", "rejected"),
-        _implicit_text,
+        pair_formats.implicit_text,
     ),
     _format(
         "unpaired", "unpaired: prompt, completion, label", "unpaired", "prompt completion label", _always, _unpaired
     ),
     _format("unpaired_messages", "unpaired: messages, label", "unpaired", "messages label", _always, _unpaired),
+    _format("prompt_messages", "prompts as conversations", "prompts", "messages", _awaits_an_answer, _messages_only),
     _format("openai_chat", "OpenAI chat", "answers", "messages", _always, _supervised("messages")),
     _format("prompt_completion", "prompt, completion", "answers", "prompt completion", _always, _completion),
     _format("sharegpt_chat", "ShareGPT", "answers", "conversations", _always, _supervised("conversations")),
-    _format("prompt_only", "prompts without answers", None, "prompt", _always, _prompt_only),
+    _format("prompt_only", "prompts without answers", "prompts", "prompt", _always, _prompt_only),
 )
 BY_NAME = {known.name: known for known in FORMATS}
 _PAIR_COLUMNS = frozenset(["input", "preferred_output", "non_preferred_output", "chosen", "rejected"])

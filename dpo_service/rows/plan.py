@@ -81,9 +81,36 @@ class BatchPlan:
         return [[[rows[i] for i in sorted(micro)] for micro in _in_exactly(n_micro, part)] for part in parts]
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if not self._shuffle:
-            return np.arange(self.n_rows, dtype=np.int64)
-        return np.random.default_rng((self._seed, epoch)).permutation(self.n_rows)
+        return permutation(self.n_rows, epoch, self._shuffle, self._seed)
+
+
+def permutation(n_rows: int, epoch: int, shuffle: bool, seed: int) -> NDArray[np.int64]:
+    """The order of an epoch."""
+    if not shuffle:
+        return np.arange(n_rows, dtype=np.int64)
+    return np.random.default_rng((seed, epoch)).permutation(n_rows)
+
+
+class PromptOrder:
+    """The order in which prompts are sampled from: epoch after epoch without an end. Which step a prompt's pair falls
+    to depends on how many of those before it gave one, so a run goes on from a position and not from a step."""
+
+    def __init__(
+        self, n_rows: int, batch_size: int, n_epochs: int, max_steps: int | None, shuffle: bool, seed: int
+    ) -> None:
+        self.n_rows = n_rows
+        self.steps_per_epoch = max(1, n_rows // batch_size)
+        self.total_steps = max_steps if max_steps is not None else max(1, n_epochs * n_rows // batch_size)
+        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(n_rows, epoch, shuffle, seed))
+
+    def row(self, position: int) -> int:
+        """The row at a position, from 0."""
+        epoch, place = divmod(position, self.n_rows)
+        return int(self._order(epoch)[place])
+
+    def epoch(self, position: int) -> float:
+        """Epochs done before a position."""
+        return position / self.n_rows
 
 
 def _balance(lengths: NDArray[np.int64], ranks: int, capacity: int) -> list[list[int]]:

@@ -23,6 +23,8 @@ def _lines(report: DatasetReport, manifest: DatasetManifest | None) -> Iterator[
         yield f"{manifest.train.rows:,} rows to train{validation}; {manifest.total_steps:,} steps"
     if report.desirable is not None:
         yield f"{report.desirable:,} desirable answers, {report.undesirable:,} undesirable"
+    if report.references is not None:
+        yield f"{report.references:,} prompts have a reference answer"
     for name in ("prompt", "chosen", "rejected", "answer"):
         stats: LengthStats | None = getattr(report, f"{name}_tokens")
         if stats is not None:

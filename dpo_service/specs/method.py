@@ -19,6 +19,8 @@ RowKind = Literal["pairs", "answers", "unpaired", "prompts", "demonstrations"]
 """What a training file must hold: preference pairs, prompts with one answer each, or such with a label each. Where
 answers are sampled: prompts, or demonstrations, which are prompts with the answer that samples are measured against."""
 
+PROMPT_KINDS: tuple[RowKind, ...] = ("prompts", "demonstrations")
+
 
 @dataclass(frozen=True)
 class MethodRow:

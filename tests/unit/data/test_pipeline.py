@@ -11,6 +11,7 @@ from dpo_service.data import encoding
 from dpo_service.data.pipeline import never, prepare
 from dpo_service.errors import InvalidData, InvalidSpec, NonFiniteLoss, StopAsked
 from dpo_service.manifests.dataset import DatasetManifest
+from dpo_service.online.prompts import PromptTable
 from dpo_service.reports import Reporter, read_spool, spool_files
 from dpo_service.rows.encode import tokenise
 from dpo_service.rows.formats import normalise, recognise
@@ -247,3 +248,35 @@ def test_what_cannot_be_trained_on_is_refused_and_leaves_nothing(stage):
         stage(good, scorer=BrokenScorer)
     assert [path for path in stage.store.path("jobs").rglob("*") if path.is_file()] == []
     assert not stage.store.exists("cache")
+
+
+def test_prompts_become_a_dataset_with_what_judges_read(stage):
+    rows = [{"messages": pair(n)["prompt"], "answer": str(n), "level": n} for n in range(9)] + [{"prompt": "2 + 2 ="}]
+    stage.store.write("files/m", "\n".join(json.dumps(pair(number)) for number in range(5)).encode())
+    with pytest.raises(InvalidData, match="another format"):
+        stage(rows, scorer=None, rows="prompts")
+    sampled = {"rows": "prompts", "answer_room": 120, "mix_file": "files/m", "mix_name": "m.jsonl"}
+    manifest = stage(rows[:9], scorer=None, **sampled)
+    assert (manifest.train.rows, manifest.steps_per_epoch, manifest.total_steps) == (9, 2, 4)
+    assert (manifest.mix.rows, manifest.report.references) == (5, 9)
+    assert set(stage.table(manifest.mix).column_names) >= {"prompt", "chosen", "rejected"}
+    assert stage(rows[:9], scorer=None, **sampled) == manifest, "an earlier attempt's is found"
+
+    table = PromptTable.load(stage.store, manifest.train)
+    tokenizer = Tokenizer.load(stage.model_dir)
+    rendered = tokenizer.render(rows[3]["messages"], add_generation_prompt=True)
+    kept = tokenizer.encode(rendered, add_special_tokens=False)[-8:]
+    assert list(table[3].token_ids)[-7:] == kept[-7:]
+    assert len(table[3].token_ids) == 8, "the answer has 120 of 128"
+    assert table[3].text == tuple(rows[3]["messages"])
+    assert (table[3].reference, dict(table[3].row), table[3].answer_ids) == ("3", {"answer": "3", "level": 3}, ())
+
+
+def test_demonstrations_have_their_answers_in_tokens(stage):
+    manifest = stage([pair(number) for number in range(6)], scorer=None, rows="demonstrations", answer_room=16)
+    table = PromptTable.load(stage.store, manifest.train)
+    tokenizer = Tokenizer.load(stage.model_dir)
+    raw = pair(2)
+    prompt, (chosen, _) = tokenise(normalise(raw, 1, recognise(raw, 1)), tokenizer)
+    assert (list(table[2].token_ids), list(table[2].answer_ids)) == (prompt, chosen)
+    assert table[2].reference == raw["chosen"][0]["content"]

@@ -311,3 +311,66 @@ async def test_a_method_that_cannot_be_run_yet_is_refused(ready: World, method: 
     with pytest.raises(InvalidSpec, match="not there yet") as refused:
         await ask(ready, method={"type": method}, **judge)
     assert refused.value.param == "method.type"
+
+
+@pytest.fixture
+def sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it will be when the methods that sample their pairs are there."""
+    monkeypatch.setattr("dpo_service.jobs.admit.NOT_THERE_YET", frozenset())
+
+
+PROMPTS = [{"messages": [{"role": "user", "content": f"What is {n}?"}], "answer": str(n)} for n in range(12)]
+MATCH = {"kind": "rules", "rules": [{"rule": "exact_match"}]}
+
+
+async def test_prompts_are_admitted_with_room_for_their_answers(ready: World, sampling: None) -> None:
+    run, report = await ask(ready, PROMPTS, method={"type": "online"}, judge=MATCH)
+    assert (report.kept, report.references, run.data.rows, run.data.answer_room) == (12, 12, "prompts", 128)
+    for known in ("pairs", None):  # the prompts of any file
+        file_id = await upload(ready, PAIRS, kind=known)
+        _, report = await ask(ready, training_file=file_id, method={"type": "online"}, judge=MATCH)
+        assert (report.kept, report.references) == (12, 12)
+    run, _ = await ask(ready, PAIRS, method={"type": "spin"})
+    assert (run.data.rows, run.online.judge) == ("demonstrations", None)
+
+
+async def test_a_mix_needs_pairs(ready: World, sampling: None) -> None:
+    online = {"method": {"type": "online"}, "judge": MATCH}
+    run, _ = await ask(ready, PROMPTS, mix={"file": await upload(ready, PAIRS)}, **online)
+    assert run.data.mix_name == "rows.jsonl"
+    for kind in ("answers", None):
+        with pytest.raises((InvalidSpec, InvalidData), match="needs") as refused:
+            await ask(ready, PROMPTS, mix={"file": await upload(ready, ANSWERS, kind=kind)}, **online)
+        assert refused.value.param == "mix.file"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "match"),
+    [
+        ({"judge": {"kind": "rules", "rules": [{"rule": "registered", "name": "no-such"}]}}, "judge.rules", "no-such"),
+        ({"judge": {"kind": "reward_model", "model": "nowhere"}}, "judge.model", "no model 'nowhere'"),
+        ({"judge": {"kind": "reward_model", "model": "base"}}, "judge.model", "LlamaForCausalLM; a reward model"),
+        ({"judge": RULES, "sampling": {"samplers": 8}}, "sampling.samplers", "need 9 CPUs together"),
+        ({"judge": RULES, "sampling": {"gpus_per_sampler": 1}}, "sampling.samplers", "need 1 GPUs together"),
+        ({"judge": RULES, "sampling": {"max_tokens": 300}}, "sampling.max_tokens", "use at most 255"),
+        ({"judge": MATCH}, "judge.rules", "no row of the file has one"),
+    ],
+)
+async def test_what_samples_cannot_do_without_is_refused(
+    ready: World, sampling: None, fields: dict, param: str, match: str
+) -> None:
+    with pytest.raises((InvalidSpec, ModelNotFound), match=match) as refused:
+        await ask(ready, [{"prompt": f"{n}?"} for n in range(12)], method={"type": "online"}, **fields)
+    assert refused.value.param == param
+
+
+async def test_a_reward_model_is_found_by_its_name(ready: World, sampling: None) -> None:
+    directory = ready.store.path(paths.user_model("reward"))
+    save_model(directory)
+    config = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    run, _ = await ask(ready, PROMPTS, method={"type": "online"}, judge={"kind": "reward_model", "model": "reward"})
+    assert run.online.reward_model.path == str(directory)
+    (directory / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
+    with pytest.raises(ModelNotFound, match="2 outputs"):
+        await ask(ready, PROMPTS, method={"type": "online"}, judge={"kind": "reward_model", "model": "reward"})

@@ -8,7 +8,7 @@ from dpo_service.manifests.dataset import DropCount
 from dpo_service.rows import check
 from dpo_service.rows.check import check_file
 from dpo_service.rows.encode import tokenise
-from dpo_service.rows.formats import Row
+from dpo_service.rows.row import Row
 from dpo_service.rows.summary import summary
 from dpo_service.rows.template import Tokenizer
 from tests.models import save_tokenizer

@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 
 from dpo_service.errors import InvalidData
 from dpo_service.rows.encode import Dropped, Encoded, encode, tokenise
-from dpo_service.rows.formats import Row, normalise, recognise
+from dpo_service.rows.formats import normalise, recognise
+from dpo_service.rows.row import Row
 from dpo_service.rows.template import Tokenizer
 from tests.models import save_tokenizer
 

@@ -1,8 +1,9 @@
 import pytest
 
 from dpo_service.errors import InvalidData
-from dpo_service.rows.formats import BY_NAME, Row, normalise, recognise
+from dpo_service.rows.formats import BY_NAME, normalise, recognise
 from dpo_service.rows.kinds import as_kind, rows_of
+from dpo_service.rows.row import Row
 
 USER = {"role": "user", "content": "Why is the sky blue?"}
 GOOD = {"role": "assistant", "content": "Because of Rayleigh scattering."}
@@ -123,6 +124,7 @@ def test_ties_are_seen(extra, tie):
         ({"prompt": "a", "completion": "b", "label": True}, "unpaired"),
         ({"messages": [USER, GOOD], "label": False}, "unpaired_messages"),
         ({"prompt": "a"}, "prompt_only"),
+        ({"messages": [GOOD, USER]}, "prompt_messages"),
     ],
 )
 def test_what_is_neither_pairs_nor_plain_answers_is_refused_for_both(row, name):
@@ -220,7 +222,6 @@ def test_a_file_of_the_wrong_kind_is_refused_with_the_way_out():
         ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "?"}, BAD]}, "share no first message"),
         ({"input": [USER], "preferred_output": [GOOD], "non_preferred_output": [BAD]}, "an object with `messages`"),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": "{"}, "`tools` is a text that is not JSON"),
-        ({"messages": [USER]}, "must be the assistant's"),
         ({"messages": [GOOD]}, "has an answer only"),
         ({"messages": [USER, GOOD | {"weight": 0}]}, "weight 0"),
         ({"prompt": "a", "completion": "b", "label": "yes"}, "`label` must be true .desirable. or false"),
@@ -248,3 +249,8 @@ def test_bad_rows_are_refused_with_their_line(row, says):
 def test_a_row_unlike_the_rows_before_it_is_refused(row, says):
     with pytest.raises(InvalidData, match=says):
         normalise(row, 2, BY_NAME["trl_text"])
+
+
+def test_a_conversation_without_an_answer_is_no_row_to_learn_from():
+    with pytest.raises(InvalidData, match="must be the assistant's"):
+        normalise({"messages": [USER]}, 2, BY_NAME["openai_chat"])

@@ -1,0 +1,50 @@
+"""What a job that samples its pairs needs: verifiers, answers to compare with, room for the samplers."""
+
+from __future__ import annotations
+
+from dpo_service.cluster.port import Capacity
+from dpo_service.errors import InvalidSpec
+from dpo_service.jobs import choices, sampled_choices
+from dpo_service.manifests.dataset import DatasetReport
+from dpo_service.specs.job import JobSpec
+from dpo_service.specs.judge import RulesJudgeSpec
+from dpo_service.specs.verifiers import Arithmetic, ExactMatch, WordsInForm
+
+
+def require_verifiers(spec: JobSpec) -> None:
+    """Raises InvalidSpec where a rule names a verifier that is not installed."""
+    missing = spec.judge.unregistered() if isinstance(spec.judge, RulesJudgeSpec) else ()
+    if missing:
+        raise InvalidSpec(
+            f"no package that is installed where the service runs registers the verifier {missing[0]!r}; install it "
+            "there and on the cluster's machines, or use a built-in rule",
+            param="judge.rules",
+        )
+
+
+def require_references(spec: JobSpec, report: DatasetReport) -> None:
+    """Raises InvalidSpec where rules compare with the rows' own answers and there are none."""
+    if report.references != 0 or not isinstance(spec.judge, RulesJudgeSpec):
+        return
+    for rule in spec.judge.rules:
+        if isinstance(rule, ExactMatch | WordsInForm | Arithmetic) and rule.expected is None:
+            raise InvalidSpec(
+                f"the rule {rule.rule!r} compares with the row's own answer, and no row of the file has one; give the "
+                "rows an `answer`, or name another column in the rule's `expected`",
+                param="judge.rules",
+            )
+
+
+def require_room(spec: JobSpec, capacity: Capacity) -> None:
+    """Raises InvalidSpec unless workers and samplers, which run at the same time, find room in the cluster."""
+    wanted, samplers = spec.resources, sampled_choices.samplers(spec, spec.max_length or choices.DEFAULT_MAX_LENGTH)
+    shared = samplers.samplers if samplers.shares_device else 0
+    gpus = wanted.workers * wanted.gpus_per_worker + samplers.samplers * samplers.gpus - shared
+    cpus = wanted.workers * wanted.cpus_per_worker + samplers.samplers * samplers.cpus
+    for kind, needed, there in (("GPU", gpus, capacity.gpus), ("CPU", cpus, capacity.cpus)):
+        if needed > there:
+            raise InvalidSpec(
+                f"{wanted.workers} workers and {samplers.samplers} samplers need {needed} {kind}s together; the "
+                f"cluster has {there:.0f}; use fewer of them, or set sampling.{kind.lower()}s_per_sampler lower",
+                param="sampling.samplers",
+            )
