@@ -6,7 +6,17 @@ import sys
 
 import typer
 
-from dpo_service.cli import cmd_chat, cmd_data, cmd_demo, cmd_doctor, cmd_jobs, cmd_models, cmd_plan, cmd_service
+from dpo_service.cli import (
+    cmd_chat,
+    cmd_data,
+    cmd_demo,
+    cmd_doctor,
+    cmd_jobs,
+    cmd_models,
+    cmd_plan,
+    cmd_samples,
+    cmd_service,
+)
 from dpo_service.cli.exits import MEANING, CliError, ExitCode, Refused
 
 HELP = "Train language models on preferences, and serve them. `dpo COMMAND --help` explains a command."
@@ -22,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (cmd_service, cmd_jobs, cmd_plan, cmd_models, cmd_chat, cmd_data, cmd_doctor, cmd_demo):
+for module in (cmd_service, cmd_jobs, cmd_samples, cmd_plan, cmd_models, cmd_chat, cmd_data, cmd_doctor, cmd_demo):
     module.register(app)
 
 

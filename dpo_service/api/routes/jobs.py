@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
@@ -24,8 +25,9 @@ from dpo_service.api.schemas.jobs import (
     JobObject,
 )
 from dpo_service.api.schemas.plans import PlanObject
+from dpo_service.api.schemas.samples import SampleList
 from dpo_service.errors import UserError
-from dpo_service.jobs import cancel, pause, repository, submit
+from dpo_service.jobs import cancel, pause, repository, samples, submit
 from dpo_service.jobs.admit import admit
 from dpo_service.jobs.plan import plan_job
 from dpo_service.jobs.tables import Job
@@ -220,6 +222,22 @@ async def list_checkpoints(
 async def job_dataset(job_id: str, services: ServicesDep) -> JobDataset:
     """The report on the job's file in the model's tokens, and what the data stage made of it."""
     return JobDataset.of(await _job(services, job_id))
+
+
+@router.get("/{job_id}/samples", responses=docs(404))
+async def list_samples(
+    job_id: str,
+    services: ServicesDep,
+    step: Annotated[int | None, Query(ge=0, lt=10**8, description="Only those made for this step, from 0")] = None,
+    after: After = None,
+    limit: Limit = 20,
+) -> SampleList:
+    """Prompts with the answers that were sampled to them, scores, verdicts and pairs; the newest steps first. Empty for
+    a job that trains on a file."""
+    await _job(services, job_id)
+    return SampleList.of(
+        await asyncio.to_thread(samples.read, services.store, job_id, step=step, after=after, limit=limit)
+    )
 
 
 @router.get("/{job_id}/logs", responses=docs(404, 502) | TEXT_DOCS, response_class=PlainTextResponse)

@@ -38,6 +38,7 @@ class FakeService:
         self.final, self.error, self.looks_until_end = "succeeded", None, 2
         self.state: str | None = None
         self.stream_breaks, self.refuse_job = 0, False
+        self.samples: list[dict] = []
         self.deployments: list[dict] = []
         self.deployment_states = ["starting", "running"]
 
@@ -84,6 +85,8 @@ class FakeService:
 
     def _of_job(self, rest: list[str], query: dict[str, list[str]]) -> tuple[int, object]:
         match rest:
+            case ["samples"]:
+                return 200, {"data": self.samples, "has_more": False}
             case ["logs"]:
                 return 200, "step 1\nstep 2"
             case ["events"] if "stream" in query:
