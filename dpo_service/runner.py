@@ -28,9 +28,10 @@ from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.reports import Reporter
 from dpo_service.rows.balance import notes
 from dpo_service.specs.resources import ResourceSpec
-from dpo_service.specs.run import AttemptSpec, ModelSource, RunSpec
+from dpo_service.specs.run import AttemptSpec, RunSpec
+from dpo_service.specs.sampling import SamplerSpec
 from dpo_service.storage import paths
-from dpo_service.storage.hub import fetch_model
+from dpo_service.storage.hub import locate_model
 from dpo_service.storage.store import Store
 from dpo_service.telemetry import log
 
@@ -97,6 +98,7 @@ def _stages(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
 
     # Late: torch and Ray take seconds to import, and a failure to import them is the attempt's, not the process's.
     from dpo_service.checkpoint.format import digest_of
+    from dpo_service.online.fit import fit as fit_online
     from dpo_service.train.ray_worker import fit
 
     ray.init(address="auto", logging_level=logging.WARNING, log_to_driver=True, configure_logging=False)
@@ -108,8 +110,8 @@ def _stages(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
         reporter.reference(0, digest)
     dataset = _prepare(store, spec, model_dir, digest, reporter)
     _leave_if_asked(store, spec)
-    _tell_of_waiting(run.resources, reporter)
-    outcome = fit(store, spec, dataset, model_dir, digest)
+    _tell_of_waiting(run, reporter)
+    outcome = (fit_online if run.online else fit)(store, spec, dataset, model_dir, digest)
     return RunResult(
         job_id=run.job_id,
         attempt=spec.attempt,
@@ -122,23 +124,31 @@ def _stages(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
     )
 
 
-def _tell_of_waiting(resources: ResourceSpec, reporter: Reporter) -> None:
+def _tell_of_waiting(run: RunSpec, reporter: Reporter) -> None:
     """Ray starts the workers all at once, when there is room for all; until then a user should know what is missing."""
     import ray
 
+    samplers = run.online.samplers if run.online else None
+
+    def short() -> list[str]:
+        return missing(run.resources, ray.available_resources(), samplers)
+
     deadline = time.monotonic() + SETTLE_S  # what the data stage used is given back within moments
-    while (short := missing(resources, ray.available_resources())) and time.monotonic() < deadline:
+    while short() and time.monotonic() < deadline:
         time.sleep(0.2)
-    if short:
-        reporter.message(f"Waiting for {' and '.join(short)}; something else holds the rest", level="warn")
+    if lacking := short():
+        reporter.message(f"Waiting for {' and '.join(lacking)}; something else holds the rest", level="warn")
 
 
-def missing(resources: ResourceSpec, free: Mapping[str, float]) -> list[str]:
-    """What the workers need and the cluster has not free at the moment, in words."""
+def missing(resources: ResourceSpec, free: Mapping[str, float], samplers: SamplerSpec | None = None) -> list[str]:
+    """What the workers and samplers need and the cluster has not free at the moment, in words."""
     needed = {
         "CPU": resources.workers * resources.cpus_per_worker,
         "GPU": resources.workers * resources.gpus_per_worker,
     }
+    if samplers is not None:
+        needed["CPU"] += samplers.samplers * samplers.cpus
+        needed["GPU"] += samplers.samplers * samplers.gpus
     return [f"{n} {kind}s ({free.get(kind, 0):g} free)" for kind, n in needed.items() if n > free.get(kind, 0)]
 
 
@@ -193,20 +203,6 @@ def _require_same_base(store: Store, run: RunSpec, digest: str) -> None:
         )
         error.retryable = False
         raise error
-
-
-def locate_model(store: Store, source: ModelSource) -> Path:
-    """The local directory of a model, fetched from the hub if need be.
-
-    Raises:
-        TrainingError: the hub does not deliver it.
-    """
-    if source.path is not None:
-        return Path(source.path)
-    if source.key is not None:
-        return store.path(source.key)
-    assert source.hub is not None
-    return fetch_model(source.hub)
 
 
 def _failed(spec: AttemptSpec, code: str, message: str, retryable: bool, param: str | None = None) -> RunResult:

@@ -46,8 +46,6 @@ from dpo_service.specs.run import ModelSource, RunSpec
 from dpo_service.storage.store import Store
 
 PURPOSE = "fine-tune"
-NOT_THERE_YET = frozenset({"online", "rso", "sppo", "spin", "self_rewarding"})
-"""Methods that can be written down and not yet run."""
 NEEDS = {
     "pairs": "preference pairs",
     "answers": "prompts with one answer each",
@@ -126,12 +124,12 @@ async def admit(
 
 
 def require_there(spec: JobSpec) -> None:
-    """Raises InvalidSpec for a method that this version cannot run."""
-    if spec.method.type in NOT_THERE_YET:
+    """Raises InvalidSpec for what can be written down and not run by this version."""
+    if sampled_choices.sampled(spec) and sampled_choices.gpus_of_a_sampler(spec):
         raise InvalidSpec(
-            f"method {spec.method.type!r} is not there yet: its jobs can be written down, and are not run; "
-            "use one that trains on a file, such as 'dpo'",
-            param="method.type",
+            "samplers on GPUs are not there yet: this version samples on CPUs, on the machine that trains; "
+            "set sampling.gpus_per_sampler to 0",
+            param="sampling.gpus_per_sampler",
         )
 
 
@@ -227,8 +225,7 @@ async def _file(
 
 
 def _other_method(held: RowKind, param: str) -> str:
-    there = param != "mix.file" and TAKES[held] not in NOT_THERE_YET
-    return f", or method {TAKES[held]!r}" if there else ""
+    return f", or method {TAKES[held]!r}" if param != "mix.file" else ""
 
 
 def _who_needs(spec: JobSpec, param: str) -> str:

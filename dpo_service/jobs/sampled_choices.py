@@ -84,8 +84,7 @@ def iteration_steps(spec: JobSpec, batch: BatchSpec, rows: int) -> int | None:
 
 
 def samplers(spec: JobSpec, max_length: int) -> SamplerSpec:
-    asked = _asked(spec)
-    gpus = chosen_or(asked.gpus_per_sampler, spec.resources.gpus_per_worker)
+    asked, gpus = _asked(spec), gpus_of_a_sampler(spec)
     return SamplerSpec(
         samplers=asked.samplers,
         gpus=gpus,
@@ -97,6 +96,10 @@ def samplers(spec: JobSpec, max_length: int) -> SamplerSpec:
         kv_cache_bytes=asked.kv_cache_bytes,
         lora_rank=spec.lora.rank if spec.lora else None,
     )
+
+
+def gpus_of_a_sampler(spec: JobSpec) -> int:
+    return chosen_or(_asked(spec).gpus_per_sampler, spec.resources.gpus_per_worker)
 
 
 def _asked(spec: JobSpec) -> AnswersSpec:

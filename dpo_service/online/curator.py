@@ -26,8 +26,9 @@ from dpo_service.errors import TrainingError
 from dpo_service.online.judges.guard import WindowGuard
 from dpo_service.online.judges.port import Answer
 from dpo_service.online.port import Sample, SamplePrompt, Sampler, Weights, seed_of
+from dpo_service.online.prompts import PromptRow
 from dpo_service.online.sources import Source, pair_row
-from dpo_service.online.steps import PairRow, PromptRow, Prompts, SampleWriter, StepPairs, StepStats, Turn
+from dpo_service.online.steps import PairRow, Prompts, SampleWriter, StepPairs, StepStats, Turn
 from dpo_service.online.together import all_of
 from dpo_service.specs.sampling import SamplingSpec
 

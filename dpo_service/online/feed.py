@@ -15,7 +15,7 @@ from dpo_service.clock import monotonic
 from dpo_service.errors import DpoServiceError, TrainingError
 from dpo_service.online.export import Exporter
 from dpo_service.online.steps import CuratorClient, PairRow, StepPairs, StepStats
-from dpo_service.rows.plan import BatchPlan
+from dpo_service.rows.plan import BatchPlan, PromptOrder
 from dpo_service.specs.run import BatchSpec
 from dpo_service.train.batch import MicroBatch, collate
 from dpo_service.train.ranks import Ranks
@@ -38,13 +38,14 @@ class OnlinePlan:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Pairs of a file among the sampled ones: `pairs` a step, in the order of `plan`."""
+    """Pairs of a file among the sampled ones: `pairs` a step, epoch after epoch."""
 
     rows: RowTable
-    plan: BatchPlan
+    order: PromptOrder
+    pairs: int
 
     def examples(self, step: int) -> list[Example]:
-        return self.rows.take(self.plan.rows(step))
+        return self.rows.take(self.order.row(step * self.pairs + place) for place in range(self.pairs))
 
 
 class OnlineFeed:

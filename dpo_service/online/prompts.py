@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from dpo_service.errors import TrainingError
 from dpo_service.manifests.dataset import SplitManifest
 from dpo_service.online.judges.port import Prompt
+from dpo_service.rows.plan import PromptOrder
 from dpo_service.storage.store import Store
 
 
@@ -61,3 +62,13 @@ class PromptTable:
             row=orjson.loads(row["row"]),
             answer_ids=tuple(row.get("answer") or ()),
         )
+
+
+class OrderedPrompts:
+    """The prompts in the order of training (`steps.Prompts`)."""
+
+    def __init__(self, table: PromptTable, order: PromptOrder) -> None:
+        self._table, self._order = table, order
+
+    def at(self, position: int) -> PromptRow:
+        return self._table[self._order.row(position)]

@@ -16,8 +16,9 @@ from dpo_service.online.judges.metrics import Counted, JudgeSums
 from dpo_service.online.judges.port import TIED, Answer, JudgeRequest, Verdict
 from dpo_service.online.pairs import ALIKE, CUT_OFF, TOO_FEW, pairs_of
 from dpo_service.online.port import Sample
+from dpo_service.online.prompts import PromptRow
 from dpo_service.online.rejection import first_round_pairs, rejection_sample
-from dpo_service.online.steps import PairRow, PromptRow
+from dpo_service.online.steps import PairRow
 from dpo_service.online.winning import best_and_worst, by_comparison, by_score
 from dpo_service.specs.pairing import PairingSpec
 
@@ -127,10 +128,10 @@ class SelfPlay:
     """SPIN: the row's own answer is chosen, the first sample that differs from it rejected (arXiv:2401.01335)."""
 
     async def choose(self, prompt: PromptRow, answers: Sequence[Answer], seed: str) -> Chosen:
-        if not prompt.reference_ids:
+        if not prompt.answer_ids:
             return Chosen((), NO_REFERENCE)
         for place, answer in enumerate(answers):
-            if answer.token_ids != prompt.reference_ids:
+            if answer.token_ids != prompt.answer_ids:
                 return Chosen((Choice(OWN, place),))
         return Chosen((), ALIKE)
 
@@ -142,13 +143,13 @@ class SelfPlay:
 
 
 def request_of(prompt: PromptRow, answers: Sequence[Answer]) -> JudgeRequest:
-    return JudgeRequest(prompt.prompt, tuple(answers), prompt.token_ids, prompt.reference, prompt.row)
+    return JudgeRequest(prompt.text, tuple(answers), prompt.token_ids, prompt.reference, prompt.row)
 
 
 def pair_row(position: int, prompt: PromptRow, samples: Sequence[Sample], choice: Choice) -> PairRow:
     """The tokens of a choice."""
     sides = [None if place == OWN else samples[place] for place in (choice.chosen, choice.rejected)]
-    chosen, rejected = (prompt.reference_ids if one is None else one.token_ids for one in sides)
+    chosen, rejected = (prompt.answer_ids if one is None else one.token_ids for one in sides)
     chosen_logp, rejected_logp = (None if one is None else one.logp for one in sides)
     sampled = [one for one in sides if one is not None]
     return PairRow(

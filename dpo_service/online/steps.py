@@ -11,25 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dpo_service.online.judges.metrics import JudgeSums
-from dpo_service.online.judges.port import Prompt, Verdict
+from dpo_service.online.judges.port import Verdict
 from dpo_service.online.port import Sample
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """A prompt to sample answers to."""
-
-    index: int
-    """Its row in the dataset of prompts."""
-    token_ids: tuple[int, ...]
-    prompt: Prompt
-    """As a judge reads it."""
-    reference: str | None = None
-    """The row's own answer, where it has one."""
-    reference_ids: tuple[int, ...] = ()
-    """... as the data stage tokenised it."""
-    row: Mapping[str, Any] = field(default_factory=dict)
-    """The row's other columns, for verifiers."""
+from dpo_service.online.prompts import PromptRow
 
 
 class Prompts(Protocol):

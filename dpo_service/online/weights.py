@@ -46,7 +46,7 @@ class WeightsFolder:
     def __init__(self, bytes_of_a_version: int, scratch: Path | None = None) -> None:
         """In shared memory where it has room for the versions, else in `scratch` (default: the temp folder)."""
         parent = shared_memory(KEPT_AT_ONCE * bytes_of_a_version) or scratch or Path(tempfile.gettempdir())
-        _remove_orphans(parent)
+        remove_orphans(parent)
         self.path = parent / f"dpo-weights-{os.getpid()}-{random_suffix(8)}"
         self.path.mkdir(mode=0o700, parents=True)
 
@@ -190,7 +190,8 @@ def _digest(*paths: Path) -> str:
     return total.hexdigest()
 
 
-def _remove_orphans(parent: Path) -> None:
+def remove_orphans(parent: Path = SHARED_MEMORY) -> None:
+    """Remove what killed trainers left in `parent`."""
     for folder in parent.glob("dpo-weights-*"):
         match = _NAME.fullmatch(folder.name)
         if match and not Path("/proc", match[1]).exists():

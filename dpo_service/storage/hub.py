@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpo_service.errors import TrainingError
+from dpo_service.specs.run import ModelSource
+from dpo_service.storage.store import Store
 
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
@@ -21,3 +23,17 @@ def fetch_model(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=PATTERNS))
     except Exception as error:
         raise TrainingError(f"model {hub_id!r} could not be fetched from the hub: {error}", param="model") from error
+
+
+def locate_model(store: Store, source: ModelSource) -> Path:
+    """The local directory of a model, fetched from the hub if need be.
+
+    Raises:
+        TrainingError: the hub does not deliver it.
+    """
+    if source.path is not None:
+        return Path(source.path)
+    if source.key is not None:
+        return store.path(source.key)
+    assert source.hub is not None
+    return fetch_model(source.hub)

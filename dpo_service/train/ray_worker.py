@@ -12,22 +12,33 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter
 
-from dpo_service.errors import CheckpointError, DpoServiceError, NonFiniteLoss, TrainingError
+from dpo_service.errors import (
+    CheckpointError,
+    DpoServiceError,
+    JudgeError,
+    NonFiniteLoss,
+    SamplerLost,
+    TooFewVerdicts,
+    TrainingError,
+    WeightsRefused,
+)
 from dpo_service.ids import random_suffix
 from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.reports import Reporter
 from dpo_service.specs.base import Spec
 from dpo_service.specs.resources import ResourceSpec
-from dpo_service.specs.run import AttemptSpec
+from dpo_service.specs.run import AttemptSpec, RunSpec
 from dpo_service.storage import paths
 from dpo_service.storage.store import Store
 from dpo_service.telemetry import log
+from dpo_service.train.feed import StepFeed
 from dpo_service.train.loop import TrainOutcome, train
 from dpo_service.train.ranks import BACKENDS, Ranks
 from dpo_service.train.tracking import Tracked
@@ -36,18 +47,22 @@ MAX_WORKER_FAILURES = 3
 HEALTH_CHECK_S = "0.5"
 """How often Ray Train looks after its workers: a dead one is seen within it, and a start is not held up by it."""
 
-_ERRORS: dict[str, type[DpoServiceError]] = {
-    "NonFiniteLoss": NonFiniteLoss,
-    "CheckpointError": CheckpointError,
-    "TrainingError": TrainingError,
+ERRORS: dict[str, type[DpoServiceError]] = {
+    kind.__name__: kind
+    for kind in (NonFiniteLoss, CheckpointError, SamplerLost, WeightsRefused, TooFewVerdicts, JudgeError, TrainingError)
 }
+"""What a worker may end with, by the name under which it leaves it for the driver."""
+
+
+FeedFactory = Callable[[RunSpec, DatasetManifest, Store, Ranks], StepFeed]
 
 
 class WorkerResult(Spec):
     """What rank 0 leaves for the driver: an outcome, or an error."""
 
     outcome: dict[str, Any] | None = None
-    error: Literal["NonFiniteLoss", "CheckpointError", "TrainingError"] | None = None
+    error: str | None = None
+    """One of `ERRORS`."""
     message: str = ""
 
 
@@ -62,13 +77,24 @@ class WorkerConfig(Spec):
     base_digest: str
 
 
+def name_of(error: BaseException) -> str:
+    """Its name in `ERRORS`, or that of the nearest class it is a kind of."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in ERRORS)
+
+
 def fit(
-    store: Store, attempt: AttemptSpec, dataset: DatasetManifest, model_dir: Path, base_digest: str
+    store: Store,
+    attempt: AttemptSpec,
+    dataset: DatasetManifest,
+    model_dir: Path,
+    base_digest: str,
+    feed: FeedFactory | None = None,
 ) -> TrainOutcome:
     """Train the run of `attempt` on its workers, resuming where an earlier attempt stopped; blocks until it ends.
 
     The attempt's spec lies in storage (`paths.attempt_spec`); every worker can read the storage root and `model_dir`,
-    whose digest is `base_digest`.
+    whose digest is `base_digest`. `feed` is called by every worker, to which it goes as Ray sends it; None = the rows
+    of `dataset`.
 
     Raises:
         NonFiniteLoss, CheckpointError, TrainingError: as `loop.train`.
@@ -84,25 +110,25 @@ def fit(
         model_dir=str(model_dir),
         base_digest=base_digest,
     )
-    _run_workers(config, run.resources)
+    _run_workers(config, run.resources, feed)
     result = store.read_model(_result_key(run.job_id, attempt.attempt), WorkerResult)
     if result.error is not None:
-        raise _ERRORS[result.error](result.message)
+        raise ERRORS[result.error](result.message)
     return TypeAdapter(TrainOutcome).validate_python(result.outcome)
 
 
-def _run_workers(config: WorkerConfig, resources: ResourceSpec) -> None:
+def _run_workers(config: WorkerConfig, resources: ResourceSpec, feed: FeedFactory | None) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_S)
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    _start_ray()
+    start_ray()
     store = Store(config.root)
     on_gpu = resources.gpus_per_worker > 0
     trainer = TorchTrainer(
         work,
-        train_loop_config={"config": config.model_dump_json()},
+        train_loop_config={"config": config.model_dump_json(), "feed": feed},
         torch_config=TorchConfig(backend=BACKENDS["cuda" if on_gpu else "cpu"]),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
@@ -128,16 +154,16 @@ def work(loop_config: dict[str, Any]) -> None:
     store = Store(config.root)
     ranks = _ranks()
     try:
-        outcome = _train(config, store, ranks)
-    except (NonFiniteLoss, CheckpointError, TrainingError) as error:
-        result = WorkerResult(error=type(error).__name__, message=error.message)
+        outcome = _train(config, store, ranks, loop_config["feed"])
+    except TrainingError as error:
+        result = WorkerResult(error=name_of(error), message=error.message)
     else:
         result = WorkerResult(outcome=asdict(outcome))
     if ranks.first:
         store.write_model(_result_key(config.job_id, config.attempt), result)
 
 
-def _train(config: WorkerConfig, store: Store, ranks: Ranks) -> TrainOutcome:
+def _train(config: WorkerConfig, store: Store, ranks: Ranks, feed: FeedFactory | None) -> TrainOutcome:
     attempt = store.read_model(paths.attempt_spec(config.job_id, config.attempt), AttemptSpec)
     stop_flag = store.path(paths.stop_flag(config.job_id, config.attempt))
     reporter = Tracked(_reporter(store, attempt), attempt.run) if ranks.first else None
@@ -151,6 +177,7 @@ def _train(config: WorkerConfig, store: Store, ranks: Ranks) -> TrainOutcome:
             ranks=ranks,
             reports=reporter,
             stop=stop_flag.exists,
+            feed=feed(attempt.run, config.dataset, store, ranks) if feed else None,
         )
     finally:
         if reporter is not None:
@@ -175,7 +202,7 @@ def _ranks() -> Ranks:
     return Ranks(context.get_world_rank(), context.get_world_size(), get_device())
 
 
-def _start_ray() -> None:
+def start_ray() -> None:
     """Join the cluster of the job we run in (RAY_ADDRESS), unless an earlier stage has."""
     import ray
 

@@ -10,7 +10,7 @@ import pytest
 from dpo_service import ids
 from dpo_service.cluster.port import Capacity
 from dpo_service.errors import InvalidData, InvalidSpec, ModelNotFound, Unavailable
-from dpo_service.jobs.admit import NOT_THERE_YET, admit
+from dpo_service.jobs.admit import admit
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.registry import files
 from dpo_service.registry.tables import File
@@ -305,25 +305,18 @@ async def test_a_cluster_that_cannot_be_asked_is_no_fault_of_the_job(ready: Worl
         await ask(ready)
 
 
-@pytest.mark.parametrize("method", sorted(NOT_THERE_YET))
-async def test_a_method_that_cannot_be_run_yet_is_refused(ready: World, method: str) -> None:
-    judge = {"judge": RULES} if method in ("online", "rso", "sppo") else {}
-    with pytest.raises(InvalidSpec, match="not there yet") as refused:
-        await ask(ready, method={"type": method}, **judge)
-    assert refused.value.param == "method.type"
-
-
-@pytest.fixture
-def sampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it will be when the methods that sample their pairs are there."""
-    monkeypatch.setattr("dpo_service.jobs.admit.NOT_THERE_YET", frozenset())
+async def test_samplers_on_gpus_are_refused(ready: World) -> None:
+    for asked in ({"sampling": {"gpus_per_sampler": 1}}, {"resources": {"gpus_per_worker": 1}}):
+        with pytest.raises(InvalidSpec, match="not there yet") as refused:
+            await ask(ready, method={"type": "online"}, judge=RULES, **asked)
+        assert refused.value.param == "sampling.gpus_per_sampler"
 
 
 PROMPTS = [{"messages": [{"role": "user", "content": f"What is {n}?"}], "answer": str(n)} for n in range(12)]
 MATCH = {"kind": "rules", "rules": [{"rule": "exact_match"}]}
 
 
-async def test_prompts_are_admitted_with_room_for_their_answers(ready: World, sampling: None) -> None:
+async def test_prompts_are_admitted_with_room_for_their_answers(ready: World) -> None:
     run, report = await ask(ready, PROMPTS, method={"type": "online"}, judge=MATCH)
     assert (report.kept, report.references, run.data.rows, run.data.answer_room) == (12, 12, "prompts", 128)
     for known in ("pairs", None):  # the prompts of any file
@@ -334,7 +327,7 @@ async def test_prompts_are_admitted_with_room_for_their_answers(ready: World, sa
     assert (run.data.rows, run.online.judge) == ("demonstrations", None)
 
 
-async def test_a_mix_needs_pairs(ready: World, sampling: None) -> None:
+async def test_a_mix_needs_pairs(ready: World) -> None:
     online = {"method": {"type": "online"}, "judge": MATCH}
     run, _ = await ask(ready, PROMPTS, mix={"file": await upload(ready, PAIRS)}, **online)
     assert run.data.mix_name == "rows.jsonl"
@@ -351,20 +344,17 @@ async def test_a_mix_needs_pairs(ready: World, sampling: None) -> None:
         ({"judge": {"kind": "reward_model", "model": "nowhere"}}, "judge.model", "no model 'nowhere'"),
         ({"judge": {"kind": "reward_model", "model": "base"}}, "judge.model", "LlamaForCausalLM; a reward model"),
         ({"judge": RULES, "sampling": {"samplers": 8}}, "sampling.samplers", "need 9 CPUs together"),
-        ({"judge": RULES, "sampling": {"gpus_per_sampler": 1}}, "sampling.samplers", "need 1 GPUs together"),
         ({"judge": RULES, "sampling": {"max_tokens": 300}}, "sampling.max_tokens", "use at most 255"),
         ({"judge": MATCH}, "judge.rules", "no row of the file has one"),
     ],
 )
-async def test_what_samples_cannot_do_without_is_refused(
-    ready: World, sampling: None, fields: dict, param: str, match: str
-) -> None:
+async def test_what_samples_cannot_do_without_is_refused(ready: World, fields: dict, param: str, match: str) -> None:
     with pytest.raises((InvalidSpec, ModelNotFound), match=match) as refused:
         await ask(ready, [{"prompt": f"{n}?"} for n in range(12)], method={"type": "online"}, **fields)
     assert refused.value.param == param
 
 
-async def test_a_reward_model_is_found_by_its_name(ready: World, sampling: None) -> None:
+async def test_a_reward_model_is_found_by_its_name(ready: World) -> None:
     directory = ready.store.path(paths.user_model("reward"))
     save_model(directory)
     config = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}

@@ -12,7 +12,7 @@ import pytest
 from dpo_service import runner
 from dpo_service.checkpoint.format import digest_of
 from dpo_service.cli.jobfile import load
-from dpo_service.jobs.admit import NOT_THERE_YET, admit
+from dpo_service.jobs.admit import admit
 from dpo_service.reports import Reporter
 from dpo_service.specs.job import JobSpec
 from dpo_service.specs.run import AttemptSpec, RunSpec
@@ -22,10 +22,12 @@ from dpo_service.train.loop import TrainOutcome, train
 from tests.models import save_tiny_llama
 from tests.unit.jobs.test_admit import upload
 from tests.unit.jobs.world import open_world
+from tests.unit.online.online_kit import RULES, train_online
 
 pytestmark = pytest.mark.ray
 JOBS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 ROWS = 40
+SAMPLED = ("online", "rso", "sppo", "spin", "self_rewarding")
 
 
 def row(kind: str, number: int) -> dict[str, Any]:
@@ -55,10 +57,11 @@ async def test_every_example_trains(root: Path, tmp_path: Path, ray_connected: N
     document = load(path) | {"model": "tiny", "seed": 0, "max_steps": 2, "resources": {"workers": 1}}
     if document.get("lora", {}).get("quantize"):
         pytest.skip("a base of 4 bits needs a GPU and bitsandbytes")
-    if document["method"]["type"] in NOT_THERE_YET:
-        pytest.skip("jobs of this method are refused; tests/unit/test_configs.py reads the file")
+    _answered_here(document)
     async with open_world(root) as world:
         document["training_file"] = await upload(world, [row(kind, number) for number in range(ROWS)])
+        if "mix" in document:
+            document["mix"]["file"] = await upload(world, [row("pairs", number) for number in range(ROWS)])
         if "validation_file" in document:
             document["validation_file"] = await upload(world, [row(kind, number) for number in range(ROWS, ROWS + 4)])
         spec = JobSpec.model_validate(document | ({"max_length": 256} if "max_length" in document else {}))
@@ -74,6 +77,17 @@ async def test_every_example_trains(root: Path, tmp_path: Path, ray_connected: N
     assert values["learning_rate"] > 0
 
 
+def _answered_here(document: dict[str, Any]) -> None:
+    """Sample few and short answers, and ask no judge that is elsewhere."""
+    if document["method"]["type"] not in SAMPLED:
+        return
+    document["sampling"] = document["sampling"] | {"max_tokens": 8}
+    document["sampling"].update({"n": 8} if "n" in document["sampling"] else {})
+    if document.get("judge", {}).get("kind") not in (None, "self_rewarding"):
+        document["judge"] = RULES
+        document.pop("pairing", None)
+
+
 def _run(run: RunSpec, store: Store, spool: Path) -> tuple[TrainOutcome, dict[str, float]]:
     """What the runner does, on this process as the only worker."""
     written = AttemptSpec(run=run, attempt=1, report_url=None, report_token="").model_dump_json()
@@ -83,5 +97,6 @@ def _run(run: RunSpec, store: Store, spool: Path) -> tuple[TrainOutcome, dict[st
     digest = digest_of(model_dir)
     with Reporter(spool, "driver", url=None, token="") as reporter:
         dataset = runner._prepare(store, attempt, model_dir, digest, reporter)
-        outcome = train(run, dataset, model_dir, store=store, base_digest=digest, reports=reporter)
+        trains = train_online if run.online else train
+        outcome = trains(run, dataset, model_dir, store=store, base_digest=digest, reports=reporter)
     return outcome, outcome.metrics

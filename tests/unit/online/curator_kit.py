@@ -8,8 +8,8 @@ from dpo_service.online.curator import Curator, CuratorPlan
 from dpo_service.online.judges.metrics import Counted
 from dpo_service.online.judges.port import Verdict
 from dpo_service.online.port import Sample, Synced, Weights
+from dpo_service.online.prompts import PromptRow
 from dpo_service.online.sources import Judged
-from dpo_service.online.steps import PromptRow
 from dpo_service.specs.pairing import PairingSpec
 from dpo_service.specs.sampling import SamplingSpec
 
@@ -21,7 +21,7 @@ class SomePrompts:
 
     def at(self, position):
         index = position % PROMPTS
-        return PromptRow(index, (index, index), f"prompt {index}")
+        return PromptRow(index, (index, index), f"prompt {index}", None, {})
 
 
 class ScriptedSampler:

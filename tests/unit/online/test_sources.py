@@ -7,11 +7,11 @@ import pytest
 from dpo_service.online.judges.metrics import Counted
 from dpo_service.online.judges.port import Answer, PairVerdict, Verdict
 from dpo_service.online.port import Sample
+from dpo_service.online.prompts import PromptRow
 from dpo_service.online.sources import OWN, Choice, Judged, Rejection, SelfPlay, Winning, pair_row
-from dpo_service.online.steps import PromptRow
 from dpo_service.specs.pairing import PairingSpec
 
-PROMPT = PromptRow(0, (1, 2), "p", "own", (7, 8), {"answer": "3"})
+PROMPT = PromptRow(0, (1, 2), "p", "own", {"answer": "3"}, (7, 8))
 
 
 class Says:
@@ -90,4 +90,4 @@ async def test_self_play_sets_the_rows_answer_against_a_sample():
     assert (row.chosen, row.rejected, row.chosen_logp, row.rejected_logp) == ((7, 8), (9,), None, -2.0)
     assert (row.position, row.version, row.truncated) == (5, 4, True)
     assert (await SelfPlay().choose(PROMPT, answers[:1], "s")).dropped == "same_text"
-    assert (await SelfPlay().choose(PromptRow(0, (1,), "p"), answers, "s")).dropped == "no_reference"
+    assert (await SelfPlay().choose(PromptRow(0, (1,), "p", None, {}), answers, "s")).dropped == "no_reference"

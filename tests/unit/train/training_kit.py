@@ -77,6 +77,7 @@ def random_rows(count: int, *, rows: str = "pairs", seed: int = 0) -> dict[str, 
 def as_table(columns: dict[str, list]) -> pa.Table:
     lists = pa.list_(pa.int32())
     types = {"index": pa.int64(), "truncated": pa.bool_(), "label": pa.float32()}
+    types |= dict.fromkeys(("prompt_text", "reference", "row"), pa.string())
     return pa.table({name: pa.array(values, types.get(name, lists)) for name, values in columns.items()})
 
 

@@ -1,0 +1,188 @@
+"""Online training on Ray: what the runner calls where a run samples its pairs.
+
+    fit (driver) ── placement group ──> sampler actors (vLLM)      owned by the curator's actor: they end with it
+         ├── CuratorActor ── asks ──────────┘
+         └── train.ray_worker.fit ── workers ── OnlineFeed ── RayCurator ──> CuratorActor
+
+What dies and what follows. A sampler: Ray restarts it, the pool asks its prompts again (`pool`). A worker: Ray Train
+starts the group again from the newest checkpoint, and the feed starts the curator there. The curator: Ray restarts its
+actor, the workers' next call fails, and the same follows. The driver: Ray ends all of it with the job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+from ray.util import placement_group, remove_placement_group
+
+from dpo_service.errors import DpoServiceError, StopAsked, TrainingError
+from dpo_service.manifests.dataset import DatasetManifest
+from dpo_service.online.actors import bundles
+from dpo_service.online.assemble import build_curator, build_feed, start_samplers
+from dpo_service.online.feed import OnlineFeed
+from dpo_service.online.port import Weights
+from dpo_service.online.steps import StepPairs
+from dpo_service.online.weights import remove_orphans
+from dpo_service.specs.run import AttemptSpec, RunSpec
+from dpo_service.storage import paths
+from dpo_service.storage.store import Store
+from dpo_service.train import ray_worker
+from dpo_service.train.loop import TrainOutcome
+from dpo_service.train.ranks import Ranks
+
+CALLS_AT_ONCE = 64
+MAX_CURATOR_RESTARTS = 3
+LOOK_S = 0.5
+"""How often the stop flag is looked for while the cluster makes room."""
+CLOSING_S = 30.0
+
+
+def fit(
+    store: Store, attempt: AttemptSpec, dataset: DatasetManifest, model_dir: Path, base_digest: str
+) -> TrainOutcome:
+    """As `train.ray_worker.fit`, for a run whose pairs are sampled. No actor and no weights in shared memory are left
+    behind, however it ends.
+
+    Raises:
+        StopAsked: before there was room for the samplers.
+        TrainingError: as `ray_worker.fit`, and where sampling or judging failed for good.
+    """
+    run = attempt.run
+    assert run.online is not None, "the runner asks only for runs that sample"
+    ray_worker.start_ray()
+    placement = placement_group(bundles(run.online.samplers), strategy="PACK")
+    curator = None
+    try:
+        _wait_for_room(placement, store.path(paths.stop_flag(run.job_id, attempt.attempt)))
+        config = CuratorConfig(str(store.root), run.job_id, attempt.attempt, dataset, str(model_dir))
+        options = {"num_cpus": 0, "max_restarts": MAX_CURATOR_RESTARTS, "max_concurrency": CALLS_AT_ONCE}
+        curator = ray.remote(**options)(CuratorActor).remote(config, placement)
+        return ray_worker.fit(store, attempt, dataset, model_dir, base_digest, feed=CuratorFeed(curator))
+    finally:
+        if curator is not None:
+            _end(curator)
+        remove_placement_group(placement)
+        remove_orphans()
+
+
+def _wait_for_room(placement: Any, stop: Path) -> None:
+    while not placement.wait(LOOK_S):
+        if stop.exists():
+            raise StopAsked("asked to stop while there was no room for the samplers")
+
+
+def _end(curator: Any) -> None:
+    """End the curator and its samplers; by force, where it does not answer."""
+    with contextlib.suppress(Exception):
+        ray.get(curator.close.remote(), timeout=CLOSING_S)
+    ray.kill(curator, no_restart=True)
+
+
+@dataclass(frozen=True)
+class CuratorConfig:
+    """What the curator is told; it reads the rest from storage."""
+
+    root: str
+    job_id: str
+    attempt: int
+    dataset: DatasetManifest
+    model_dir: str
+
+
+class CuratorActor:
+    """The process of a curator. What it raises, it raises under a name that a worker can leave for the driver."""
+
+    def __init__(self, config: CuratorConfig, placement: Any) -> None:
+        self._config, self._placement = config, placement
+        self._curator: Any = None
+
+    async def start(self, step: int, weights: Weights | None, counters: Mapping[str, Any]) -> None:
+        """As `Curator.start`; the first call starts the samplers."""
+        with _named():
+            if self._curator is None:
+                self._curator = await self._build()
+            await self._curator.start(step, weights, counters)
+
+    async def pairs(self, step: int) -> StepPairs:
+        assert self._curator is not None, "this actor was restarted: the trainer has to start it again"
+        with _named():
+            made: StepPairs = await self._curator.pairs(step)
+            return made
+
+    async def published(self, weights: Weights) -> None:
+        assert self._curator is not None, "this actor was restarted: the trainer has to start it again"
+        await self._curator.published(weights)
+
+    async def close(self) -> None:
+        if self._curator is not None:
+            await self._curator.close()
+
+    async def _build(self) -> Any:
+        config = self._config
+        store = Store(config.root)
+        run = store.read_model(paths.attempt_spec(config.job_id, config.attempt), AttemptSpec).run
+        assert run.online is not None, "the driver has seen to it"
+        model_dir = Path(config.model_dir)
+        sampler = await start_samplers(run.online, model_dir, self._placement)
+        try:
+            return build_curator(run, config.dataset, store, model_dir, sampler)
+        except BaseException:
+            await sampler.close()
+            raise
+
+
+@contextlib.contextmanager
+def _named() -> Any:
+    """Errors as classes of `ray_worker.ERRORS`, which are made of a sentence alone and so come through Ray whole."""
+    try:
+        yield
+    except TrainingError as error:
+        raise ray_worker.ERRORS[ray_worker.name_of(error)](error.message) from error
+    except DpoServiceError as error:
+        raise TrainingError(error.message) from error
+
+
+class RayCurator:
+    """A `CuratorClient` whose curator is in an actor.
+
+    A call raises what the curator raised, where that is one of the service's own errors: it ends the run. Anything else
+    (the actor has died, or was restarted and knows nothing) fails the worker, and Ray Train starts the group again.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def start(self, step: int, weights: Weights | None, counters: Mapping[str, Any]) -> None:
+        _ask(self._handle.start.remote(step, weights, counters))
+
+    def pairs(self, step: int) -> StepPairs:
+        made: StepPairs = _ask(self._handle.pairs.remote(step))
+        return made
+
+    def published(self, weights: Weights) -> None:
+        _ask(self._handle.published.remote(weights))
+
+
+def _ask(reply: Any) -> Any:
+    try:
+        return ray.get(reply)
+    except RayTaskError as error:
+        if isinstance(error.cause, DpoServiceError):
+            raise error.cause from error
+        raise
+
+
+@dataclass(frozen=True)
+class CuratorFeed:
+    """Makes a worker's feed (`ray_worker.FeedFactory`)."""
+
+    handle: Any
+
+    def __call__(self, run: RunSpec, dataset: DatasetManifest, store: Store, ranks: Ranks) -> OnlineFeed:
+        return build_feed(run, dataset, store, RayCurator(self.handle), ranks)
