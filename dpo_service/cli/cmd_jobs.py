@@ -74,7 +74,7 @@ def uploaded(service: Service, document: Json, *, keep: bool = True) -> Iterator
     """`document` with ids in the place of local files, uploaded for it. They are deleted again if what is done within
     is refused, or they are not to be kept."""
     from dpo_service.cli.exits import CliError
-    from dpo_service.cli.jobfile import local_files
+    from dpo_service.cli.jobfile import local_files, with_file
     from dpo_service.cli.output import err
 
     document, file_ids = dict(document), list[str]()
@@ -82,7 +82,7 @@ def uploaded(service: Service, document: Json, *, keep: bool = True) -> Iterator
         for field, path in local_files(document).items():
             file = service.upload(path)
             file_ids.append(str(file["id"]))
-            document[field] = file["id"]
+            document = with_file(document, field, str(file["id"]))
             err.print(f"Uploaded {path} as {file['id']} ({int(file['bytes']):,} bytes).", soft_wrap=True)
         yield document
     except CliError:

@@ -9,7 +9,7 @@ from typing import Any
 from dpo_service.cli.exits import CliError, ExitCode
 
 DOCUMENT_SUFFIXES = (".yaml", ".yml")
-FILE_FIELDS = ("training_file", "validation_file")
+FILE_FIELDS = ("training_file", "validation_file", "mix.file")
 HYPERPARAMETERS = (
     "batch_size", "n_epochs", "learning_rate_multiplier", "loss", "losses", "beta", "label_smoothing", "discopop_tau",
     "length_penalty", "rpo_alpha", "wpo", "ld_alpha", "length_normalize", "lam", "gamma_beta_ratio", "desirable_weight",
@@ -48,16 +48,17 @@ def load(path: Path) -> Document:
     import yaml
 
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CliError(f"{path} is no readable YAML: {error}", ExitCode.USAGE) from None
     if not isinstance(document, dict):
         raise CliError(f"{path} holds no job: a mapping with model, training_file and method is needed", ExitCode.USAGE)
+    found: Document = document
     for field in FILE_FIELDS:
-        name = document.get(field)
+        name = _named(found, field)
         if isinstance(name, str) and not Path(name).is_file() and (path.parent / name).is_file():
-            document[field] = str(path.parent / name)
-    return document
+            found = with_file(found, field, str(path.parent / name))
+    return found
 
 
 def local_files(document: Document) -> dict[str, Path]:
@@ -68,13 +69,26 @@ def local_files(document: Document) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for field in FILE_FIELDS:
-        name = document.get(field)
+        name = _named(document, field)
         if not isinstance(name, str) or name.startswith("file-"):
             continue
         if not Path(name).is_file():
             raise CliError(f"{field}: there is no file {name!r}, and it is no id of an uploaded one", ExitCode.USAGE)
         found[field] = Path(name)
     return found
+
+
+def _named(document: Document, field: str) -> Any:
+    value: Any = document
+    for part in field.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def with_file(document: Document, field: str, name: str) -> Document:
+    """The document with `name` in one of its `FILE_FIELDS`."""
+    first, _, rest = field.partition(".")
+    return document | {first: with_file(document[first], rest, name) if rest else name}
 
 
 def _set_method(document: Document, method: str) -> None:

@@ -88,7 +88,7 @@ async def _create(services: Services, once: idempotency.Once, spec: JobSpec) -> 
 
     async def insert(session: AsyncSession) -> tuple[str, dict[str, Any]]:
         # Again, now that nobody can delete them: checking the rows took a while.
-        for file_id in filter(None, (spec.training_file, spec.validation_file)):
+        for file_id in filter(None, (spec.training_file, spec.validation_file, spec.mix.file if spec.mix else None)):
             await files.get(session, file_id)
         if run.model.key is not None:
             await models.get(session, spec.model)

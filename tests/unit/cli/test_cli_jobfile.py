@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dpo_service.cli import jobfile
 from dpo_service.cli.exits import CliError
 from dpo_service.cli.jobfile import build, local_files
 from dpo_service.specs.job import JobSpec
@@ -68,3 +69,13 @@ def test_missing_files_and_malformed_settings_are_refused(tmp_path, rows):
         local_files({"training_file": "gone.jsonl"})
     with pytest.raises(CliError, match="key=value"):
         made(rows, "beta", model="m")
+
+
+def test_files_within_the_document_are_found_and_replaced_too(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    (tmp_path / "job.yaml").write_text("model: m\ntraining_file: file-1\nmix: {file: pairs.jsonl, share: 0.5}\n")
+    document = jobfile.load(tmp_path / "job.yaml")
+    assert jobfile.local_files(document) == {"mix.file": tmp_path / "pairs.jsonl"}
+    sent = jobfile.with_file(document, "mix.file", "file-2")
+    assert sent["mix"] == {"file": "file-2", "share": 0.5}
+    assert document["mix"]["file"] == str(tmp_path / "pairs.jsonl")
