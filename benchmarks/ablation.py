@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.turns import peak_gigabytes, restart_peak
 from benchmarks.workload import LENGTHS, Setting, make_model, make_rows
 
 
@@ -70,7 +69,7 @@ def variants(model: Any, examples: list[Any]) -> dict[str, Callable[[], Any]]:
 
 
 def measure(setting: Setting) -> dict[str, dict[str, float]]:
-    """By variant: median seconds, peak gigabytes above what the process held before, and the loss."""
+    """By variant: median seconds, and the loss."""
     import pyarrow as pa
     from torch.nn.functional import logsigmoid
 
@@ -82,15 +81,13 @@ def measure(setting: Setting) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, Any]] = {}
     for _ in range(setting.steps):
         for name, logps in variants(model, examples).items():
-            entry = found.setdefault(name, {"times": [], "gigabytes": 0.0})
+            entry = found.setdefault(name, {"times": []})
             model.zero_grad(set_to_none=True)
-            restart_peak()
-            before, started = peak_gigabytes(), time.perf_counter()
+            started = time.perf_counter()
             chosen_P, rejected_P = logps().chunk(2)
             loss = -logsigmoid(0.1 * (chosen_P - rejected_P)).mean()
             loss.backward()
             entry["times"].append(time.perf_counter() - started)
-            entry["gigabytes"] = max(entry["gigabytes"], peak_gigabytes() - before)
             entry["loss"] = float(loss)
     for entry in found.values():
         entry["seconds"] = statistics.median(entry.pop("times"))
@@ -124,11 +121,11 @@ def main() -> None:
         make_model(setting.model_dir, setting.vocabulary)
         found = measure(setting)
     worth, before = {}, None
-    print(f"{'':11} {'seconds':>8} {'GB':>6} {'gain':>6}")
+    print(f"{'':11} {'seconds':>8} {'gain':>6}")
     for name, entry in found.items():
         worth[name] = before / entry["seconds"] if before else 1.0
         before = entry["seconds"]
-        print(f"{name:11} {entry['seconds']:8.2f} {entry['gigabytes']:6.2f} {worth[name]:5.2f}x")
+        print(f"{name:11} {entry['seconds']:8.2f} {worth[name]:5.2f}x")
     plain, ours = found["plain"]["seconds"], found["shared"]["seconds"]
     print(f"{plain / ours:.2f} times as fast in all")
     entry = {"unit": "seconds forward and backward", "ours": ours, "peer": plain, "ratio": plain / ours}

@@ -31,6 +31,7 @@ def train_ours(setting: Setting, columns: Columns, turns: Turns) -> dict[str, An
     """Losses, and useful operations, by step."""
     import pyarrow as pa
 
+    from dpo_service.rows.plan import BatchPlan
     from dpo_service.train.batch import collate
     from dpo_service.train.flops import Cost
     from dpo_service.train.optim import build_optimizer
@@ -45,15 +46,17 @@ def train_ours(setting: Setting, columns: Columns, turns: Turns) -> dict[str, An
     if setting.reference == "cached":
         table = ReferenceScorer(str(setting.model_dir), setting.precision, run.batch)(table)
     rows = RowTable(table)
+    plan = BatchPlan(len(rows), setting.batch, 1, None, False, 0, rows.lengths)
     policy = load_model(setting.model_dir)
     cost = Cost.of(policy)
     reference = build_reference(setting.reference, policy, setting.model_dir, setting.precision, Ranks().device)
     state = TrainState(run, policy, reference, build_optimizer(policy, run.optim), Ranks(), setting.steps)
     for step in range(setting.steps):
         turns.wait()
-        batch = collate(rows.take(range(step * setting.batch, (step + 1) * setting.batch)))
-        losses.append(float(train_step(state, step, [batch], float(setting.batch)).sums["loss"]) / setting.batch)
-        operations.append(cost.of_pairs(batch.segments))
+        [shares] = plan.assign(step, 1, setting.batch, run.batch.micro_batch_tokens)
+        batches = [collate(rows.take(share)) for share in shares]
+        losses.append(float(train_step(state, step, batches, float(setting.batch)).sums["loss"]) / setting.batch)
+        operations.append(sum(cost.of_pairs(batch.segments) for batch in batches))
     turns.wait(last=True)
     return {"losses": losses, "operations": operations}
 
@@ -156,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="short", help="short, long, or a preference file of pairs")
     parser.add_argument("--steps", type=int, default=5, help="at least 2; the first is not counted")
-    parser.add_argument("--batch", type=int, default=8, help="pairs a step, one micro-batch")
+    parser.add_argument("--batch", type=int, default=8, help="pairs a step; ours cuts them by its budget of tokens")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--reference", choices=("cached", "live"), default="cached")
     parser.add_argument("--threads", type=int, default=2)

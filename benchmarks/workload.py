@@ -16,8 +16,6 @@ LENGTHS: dict[str, tuple[tuple[int, int], tuple[int, int], int | None]] = {
 SPREAD = 0.9
 """Standard deviation of a length's logarithm."""
 RATE = 5e-5
-ONE_MICRO_BATCH = 2**24
-"""More tokens than a step of ours has."""
 Columns = dict[str, list[list[int]]]
 
 
@@ -128,6 +126,7 @@ def make_model(directory: Path, vocabulary: int, *, layers: int = 8, hidden: int
 
 def run_spec(setting: Setting) -> Any:
     """The job that our side of a benchmark runs."""
+    from dpo_service.jobs.choices import CPU_MICRO_BATCH_TOKENS
     from dpo_service.specs.data import DataSpec
     from dpo_service.specs.loss import LossSpec
     from dpo_service.specs.method import ReferenceSpec
@@ -146,7 +145,7 @@ def run_spec(setting: Setting) -> Any:
         batch=BatchSpec(
             batch_size=setting.batch,
             micro_batch_size=setting.batch,
-            micro_batch_tokens=ONE_MICRO_BATCH,
+            micro_batch_tokens=CPU_MICRO_BATCH_TOKENS,
             n_epochs=1,
             max_steps=setting.steps,
         ),

@@ -83,7 +83,7 @@ async def test_every_number_left_open_is_decided(ready: World) -> None:
     assert report.kept == 12
     numbers = LOSS_TABLE["sigmoid"].options
     assert run.loss.model_dump() == {"name": "sigmoid", **numbers}
-    micro = {"micro_batch_size": 1, "micro_batch_tokens": 8192}
+    micro = {"micro_batch_size": 1, "micro_batch_tokens": 4096}
     assert run.batch.model_dump() == {"batch_size": 1, **micro, "n_epochs": 3, "max_steps": None}
     assert (run.data.max_length, run.precision, run.reference.mode) == (256, "float32", "cached")
     assert run.optim.learning_rate == 5e-6
