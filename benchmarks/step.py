@@ -49,7 +49,11 @@ def train_ours(setting: Setting, columns: Columns, turns: Turns) -> dict[str, An
     plan = BatchPlan(len(rows), setting.batch, 1, None, False, 0, rows.lengths)
     policy = load_model(setting.model_dir)
     cost = Cost.of(policy)
-    reference = build_reference(setting.reference, policy, setting.model_dir, setting.precision, Ranks().device)
+
+    def frozen_copy() -> Any:
+        return load_model(setting.model_dir).requires_grad_(False)
+
+    reference = build_reference(setting.reference, policy, frozen_copy, setting.precision)
     state = TrainState(run, policy, reference, build_optimizer(policy, run.optim), Ranks(), setting.steps)
     for step in range(setting.steps):
         turns.wait()
