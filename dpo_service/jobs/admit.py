@@ -277,7 +277,8 @@ def _check_rows(
             with _blaming("validation_file"):
                 mismatched_rows(held["prompt"][held["reason"] == 0], seed)
     train_rows = made.kept - int(held_out.sum())
-    return _Usable(made, train_rows, Lengths.of(facts, train_rows, room))
+    unpaired = spec.method.row.rows == "unpaired"
+    return _Usable(made, train_rows, Lengths.of(facts, train_rows, room, mismatched=unpaired))
 
 
 def _require_mismatches(facts: Facts, held_out: Mask, seed: int) -> None:

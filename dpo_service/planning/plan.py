@@ -221,7 +221,7 @@ def _reference_seconds(question: Question, recipe: Recipe) -> float:
     """One forward pass over every row, the workers sharing them."""
     if recipe.reference != "cached":
         return 0.0
-    load = load_of(question.lengths, range(len(question.lengths)), packed=question.shape.packs)
+    load = load_of(question.lengths.scored, range(len(question.lengths)), packed=question.shape.packs)
     rate = question.device.rate(recipe.precision) * (1 if question.device.cuda else question.cores)
     return forward_operations(question.shape, load) / rate / recipe.workers
 

@@ -2,13 +2,14 @@
 
 operations   a weight costs a token 2 forward and 4 backward, 2 backward where it is frozen; the output head only where
              a token is predicted, and 2 more, because its logits are thrown away; attention 12 for each of its width
-             and pair of tokens that see each other; checkpointing repeats the layers' forward pass
-weights      read three times a micro-batch, and cast once where arithmetic is bfloat16: what makes many small
-             micro-batches slow
+             and pair of tokens that see each other; checkpointing repeats the layers' forward pass; a live reference
+             and KTO's mismatched answers go forward only, 2 a weight
+weights      read three times a micro-batch, once more by each pass forward only, and cast once where arithmetic is
+             bfloat16: what makes many small micro-batches slow
 optimizer    reads and writes weights, gradients and moments once
 ddp          one sum of the gradients after the last backward pass: 2 (n-1)/n of their bytes, and the step waits
 fsdp         every micro-batch gathers the weights twice and scatters their gradients: 3 (n-1)/n of their bytes, beside
-             the arithmetic; a step takes the longer of the two
+             the arithmetic, and each pass forward only gathers them once more; a step takes the longer of the two
 """
 
 from __future__ import annotations
@@ -50,18 +51,27 @@ class Speed:
 def speed(shape: ModelShape, recipe: Recipe, work: Workload, device: Device, cores: int = 1) -> Speed:
     """A step of the busiest worker. `cores` counts for the cpu alone."""
     many = 1 if device.cuda else cores
-    compute = operations(shape, recipe, work.mean) / (device.rate(recipe.precision) * many)
+    aside = forward_operations(shape, work.forward_only) if work.forward_only else 0.0
+    compute = operations(shape, recipe, work.mean) + aside * (2 if recipe.reference == "live" else 1)
+    passes = 3 + _forward_only_passes(recipe, work)
     moved = OPTIMIZER_PASSES * FLOAT32 * trained_parameters(shape, recipe) * recipe.share
-    moved += work.micro_batches * shape.parameters * (3 * recipe.gathered_bytes + _cast_bytes(recipe))
+    moved += work.micro_batches * shape.parameters * (passes * recipe.gathered_bytes + _cast_bytes(recipe))
     communication = _communication(shape, recipe, work, device)
-    overlapped = compute if recipe.strategy == "fsdp" else 0.0
+    seconds = compute / (device.rate(recipe.precision) * many)
+    overlapped = seconds if recipe.strategy == "fsdp" else 0.0
     return Speed(
-        compute=compute,
+        compute=seconds,
         memory=moved / (device.bandwidth * many),
         communication=communication,
         exposed=max(0.0, communication - overlapped),
-        useful=useful_operations(shape, recipe, work.mean),
+        useful=useful_operations(shape, recipe, work.mean) + aside,
     )
+
+
+def _forward_only_passes(recipe: Recipe, work: Workload) -> int:
+    """Of a micro-batch: those of a live reference, and of the answers that have no gradient."""
+    passes = 1 if work.forward_only is None else 2
+    return passes * (2 if recipe.reference == "live" else 1) - 1
 
 
 def _cast_bytes(recipe: Recipe) -> int:
@@ -106,4 +116,5 @@ def _communication(shape: ModelShape, recipe: Recipe, work: Workload, device: De
     gradients = trained_parameters(shape, recipe) * recipe.trained_bytes
     if recipe.strategy == "ddp":
         return 2 * around * gradients
-    return around * work.micro_batches * (2 * shape.parameters * recipe.gathered_bytes + gradients)
+    gathers = 2 + _forward_only_passes(recipe, work)
+    return around * work.micro_batches * (gathers * shape.parameters * recipe.gathered_bytes + gradients)

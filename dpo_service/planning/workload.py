@@ -24,22 +24,37 @@ class Lengths:
     prompt: NDArray[np.int64]
     chosen: NDArray[np.int64]
     rejected: NDArray[np.int64]
+    mismatched: NDArray[np.int64] | None = None
+    """KTO's answers of other rows, which go forward with the row's prompt and have no gradient."""
 
     def __len__(self) -> int:
         return len(self.prompt)
 
     @property
     def total(self) -> NDArray[np.int64]:
-        return self.prompt + self.chosen + self.rejected
+        trained = self.prompt + self.chosen + self.rejected
+        return trained if self.mismatched is None else trained + self.mismatched
+
+    @property
+    def forward_only(self) -> Lengths | None:
+        """The rows that go through the policy without a gradient."""
+        return None if self.mismatched is None else Lengths(self.prompt, self.mismatched, 0 * self.chosen)
+
+    @property
+    def scored(self) -> Lengths:
+        """The rows as a reference scores them beforehand: all answers after one prompt."""
+        return self if self.mismatched is None else Lengths(self.prompt, self.chosen, self.mismatched)
 
     @classmethod
-    def of(cls, facts: Facts, rows: int, sampled: int = 0) -> Lengths:
+    def of(cls, facts: Facts, rows: int, sampled: int = 0, *, mismatched: bool = False) -> Lengths:
         """Of `rows` rows that stay: those whose tokens were counted stand for the others of a large file. Answers that
-        are not there yet are taken to have `sampled` tokens."""
+        are not there yet are taken to have `sampled` tokens; which row's answer is `mismatched` with which is the data
+        stage's affair, and here it is the one before."""
         known = facts[(facts["reason"] == 0) & (facts["n_prompt"] >= 0)]
         some = known[np.arange(rows) % len(known)]
         prompt, chosen, rejected = (some[name].astype(np.int64) for name in ("n_prompt", "n_first", "n_second"))
-        return cls(prompt, np.where(chosen < 0, sampled, chosen), np.where(rejected < 0, sampled, rejected))
+        chosen, rejected = (np.where(answer < 0, sampled, answer) for answer in (chosen, rejected))
+        return cls(prompt, chosen, rejected, np.roll(chosen, 1) if mismatched else None)
 
     @classmethod
     def alike(cls, rows: int, prompt: int, answer: int) -> Lengths:
@@ -49,7 +64,8 @@ class Lengths:
     def within(self, max_length: int) -> Lengths:
         """As rows become under a shorter `max_length`: answers cut at the end, prompts at the beginning."""
         chosen, rejected = np.minimum(self.chosen, max_length - 1), np.minimum(self.rejected, max_length - 1)
-        return Lengths(np.minimum(self.prompt, max_length - np.maximum(chosen, rejected)), chosen, rejected)
+        prompt = np.minimum(self.prompt, max_length - np.maximum(chosen, rejected))
+        return Lengths(prompt, chosen, rejected, None if self.mismatched is None else np.roll(chosen, 1))
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,8 @@ class Workload:
     """A step, in the mean."""
     tokens: float
     """Of a step over all workers, in the mean."""
+    forward_only: Load | None = None
+    """As `mean`, of KTO's mismatched answers."""
 
 
 def load_of(lengths: Lengths, rows: Sequence[int], *, packed: bool = True) -> Load:
@@ -99,17 +117,21 @@ def workload(
     longest = step_of[int(lengths.total.argmax())]
     count = min(MOST_SAMPLED_STEPS, max(LEAST_SAMPLED_STEPS, SAMPLED_ROWS // batch_size))
     sampled = sorted({longest, *np.linspace(0, plan.total_steps - 1, count).astype(int).tolist()})
-    steps, everything = [], list[Load]()
+    steps, everything, aside = [], list[Load](), list[Load]()
     for step in sampled:
         shares = plan.assign(step, workers, rows, tokens)
-        loads = [load_of(lengths, micro, packed=packed) for micro in _busiest(shares, lengths) if micro]
+        micros = [micro for micro in _busiest(shares, lengths) if micro]
+        loads = [load_of(lengths, micro, packed=packed) for micro in micros]
         everything += loads
         steps.append((_sum(loads), len(loads)))
+        if lengths.forward_only is not None:
+            aside.append(_sum(load_of(lengths.forward_only, micro, packed=packed) for micro in micros))
     return Workload(
         largest=max(everything, key=lambda load: (load.tokens, load.answers)),
         mean=_mean([load for load, _ in steps]),
         micro_batches=sum(count for _, count in steps) / len(steps),
         tokens=float(lengths.total.sum()) / plan.total_steps,
+        forward_only=_mean(aside) if aside else None,
     )
 
 

@@ -3,8 +3,9 @@
 A multiplication and its addition are two operations. A weight matrix of N numbers costs a token 2 N forward, 2 N for
 the gradient of its input and, if it is trained, 2 N for its own (PaLM, arXiv 2204.02311, appendix B): 6 N, or 4 N
 frozen under an adapter. Each is counted for the tokens it must see: the layers for every token of the row, a prompt
-once; the output head where a completion token is predicted; attention by the pairs of tokens that see each other. What
-is computed again in the backward pass, padding, a live reference and all that is no matrix product count for nothing.
+once; the output head where a completion token is predicted; attention by the pairs of tokens that see each other. KTO's
+mismatched answers, which its loss cannot do without, go forward only: 2 N. What is computed again in the backward pass,
+padding, a live reference and all that is no matrix product count for nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SIZES = (512, 1024, 2048, 4096, 8192)
 
 @dataclass(frozen=True)
 class Cost:
-    """What one pass forward and backward through a model costs, in floating point operations."""
+    """What one pass through a model costs, in floating point operations."""
 
     token: float
     """The layers' weights, a token of the row."""
@@ -42,17 +43,18 @@ class Cost:
     """By kind of layer: attention's two products, a pair of tokens; and its sliding window, None = no limit."""
 
     @classmethod
-    def of(cls, policy: Any) -> Cost:
-        """The cost of training `policy`, a model of transformers or the peft model around it, as it stands."""
+    def of(cls, policy: Any, *, backward: bool = True) -> Cost:
+        """The cost of training `policy`, a model of transformers or the peft model around it, as it stands; or of going
+        through it forward only."""
         model = base_of(policy)
         config = model.config.get_text_config()
         head = [] if (found := model.get_output_embeddings()) is None else list(found.modules())
         layers = [module for module in model.get_decoder().modules() if all(module is not part for part in head)]
         share = _active_experts(config)
         return cls(
-            sum(_weights(module, share) for module in layers),
-            sum(_weights(module, 1.0) for module in head),
-            _attention(config),
+            sum(_weights(module, share, backward) for module in layers),
+            sum(_weights(module, 1.0, backward) for module in head),
+            _attention(config, FORWARD_AND_BACKWARD if backward else 1),
         )
 
     def of_pairs(self, segments: Sequence[Segment]) -> float:
@@ -63,7 +65,7 @@ class Cost:
         return self.token * tokens + self.predicted * answers + attended
 
 
-def _weights(module: nn.Module, active_experts: float) -> float:
+def _weights(module: nn.Module, active_experts: float, backward: bool) -> float:
     """Operations a token for the weights that lie in `module` itself."""
     if isinstance(module, nn.Embedding):
         return 0.0
@@ -71,12 +73,14 @@ def _weights(module: nn.Module, active_experts: float) -> float:
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if "weight" in own and isinstance(inputs, int) and isinstance(outputs, int):
         # Not the weight's own size: one of four bits is packed.
-        return _passes(own["weight"]) * inputs * outputs
+        return _passes(own["weight"], backward) * inputs * outputs
     matrices = [parameter for parameter in own.values() if parameter.dim() >= 2]
-    return sum(_passes(p) * p.numel() * (active_experts if p.dim() == 3 else 1.0) for p in matrices)
+    return sum(_passes(p, backward) * p.numel() * (active_experts if p.dim() == 3 else 1.0) for p in matrices)
 
 
-def _passes(weight: Tensor) -> int:
+def _passes(weight: Tensor, backward: bool) -> int:
+    if not backward:
+        return 2
     return 6 if weight.requires_grad else 4
 
 
@@ -87,7 +91,7 @@ def _active_experts(config: Any) -> float:
     return chosen / experts if chosen and experts else 1.0
 
 
-def _attention(config: Any) -> tuple[tuple[float, int | None], ...]:
+def _attention(config: Any, passes: int) -> tuple[tuple[float, int | None], ...]:
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
         return ()
@@ -95,7 +99,7 @@ def _attention(config: Any) -> tuple[tuple[float, int | None], ...]:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     full = "full_attention" if window is None else "sliding_attention"
     kinds = list(getattr(config, "layer_types", None) or [full] * int(config.num_hidden_layers))
-    a_layer = FORWARD_AND_BACKWARD * 2 * 2.0 * heads * size
+    a_layer = passes * 2 * 2.0 * heads * size
     windows = {"full_attention": None, "sliding_attention": window}
     return tuple((a_layer * kinds.count(kind), windows[kind]) for kind in windows if kind in kinds)
 

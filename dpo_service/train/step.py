@@ -48,10 +48,12 @@ class TrainState:
     checkpoint."""
     guard: Guard = field(init=False)
     cost: Cost = field(init=False)
+    forward_cost: Cost = field(init=False)
 
     def __post_init__(self) -> None:
         self.drift = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         self.cost = Cost.of(self.policy)
+        self.forward_cost = Cost.of(self.policy, backward=False)
         self.guard = Guard(self.optimizer, self.ranks.device)
 
     @property
@@ -149,7 +151,10 @@ def _forward(
     if completions.router_loss is not None:
         by_rows = DIVISOR[state.run.loss.name] == "rows"
         loss_P = loss_P + router * completions.router_loss * (1.0 if by_rows else inputs.chosen_tokens_P)
-    work = metrics.of_work(batch, packed=packs(model), flops=state.cost.of_pairs(batch.segments))
+    flops = state.cost.of_pairs(batch.segments)
+    if batch.mismatched is not None:
+        flops += state.forward_cost.of_pairs(batch.mismatched.segments)
+    work = metrics.of_work(batch, packed=packs(model), flops=flops)
     return loss_P, metrics.of_batch(batch, completions, inputs, loss_P, state.run.loss) | work
 
 

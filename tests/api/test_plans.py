@@ -31,6 +31,15 @@ async def test_a_plan_decides_as_a_job_would_and_makes_nothing(api):
     assert str(api.settings.data_dir) not in answer.text
 
 
+async def test_ktos_mismatched_answers_are_planned_for(api):
+    """Each pair is two rows: the prompt twice, and each answer once by its own prompt and once by another's."""
+    tokens = {}
+    for method in ("dpo", "kto"):
+        found = (await ask(api, method={"type": method})).json()
+        tokens[method] = found["plan"]["tokens_a_step"] * found["plan"]["steps"] / found["run"]["batch"]["n_epochs"]
+    assert tokens["kto"] == pytest.approx(2 * tokens["dpo"])
+
+
 async def test_what_does_not_fit_says_what_would(api):
     save_model(api.store.root / "models" / "large", **LARGE)
     # The cluster has no GPU: a plan is for one that need not be there.

@@ -92,6 +92,26 @@ def test_shorter_rows_are_cut_as_the_data_stage_cuts_them():
     assert (cut.prompt[0], cut.chosen[0], cut.rejected[0]) == (30, 50, 20)
 
 
+def test_mismatched_answers_are_computed_forward_and_not_more():
+    """KTO: a pass forward beside the three of training, over the row's prompt with another row's answer."""
+    prompts, answers, nothing = np.full(2048, 400), np.full(2048, 300), np.zeros(2048, int)
+    plain, kto = Lengths(prompts, answers, nothing), Lengths(prompts, answers, nothing, answers)
+    sharded, rate = question(strategies=("fsdp",)), DEVICES["H100-80"].rate("bfloat16")
+    supervised = choose(replace(sharded, lengths=plain, tokens=7_000))
+    cached = choose(replace(sharded, lengths=kto, tokens=10_000))  # as many rows, of 400 + 300 + 300
+    live = choose(replace(sharded, lengths=kto, tokens=10_000, recipe=replace(sharded.recipe, reference="live")))
+    assert cached.work.largest == supervised.work.largest
+    forward = supervised.speed.useful / 3
+    assert cached.speed.useful == live.speed.useful == pytest.approx(4 * forward, rel=0.001)
+    assert cached.speed.compute - supervised.speed.compute == pytest.approx(forward / rate, rel=0.001)
+    assert live.speed.compute - cached.speed.compute == pytest.approx(2 * forward / rate, rel=0.001)
+    # Weights are gathered twice, and once more for each pass without a gradient: 2 bytes, gradients 4.
+    for choice, gathers in ((cached, 3), (live, 5)):
+        assert choice.speed.communication / supervised.speed.communication == pytest.approx((gathers * 2 + 4) / 8)
+        assert choice.speed.memory > supervised.speed.memory
+    assert load_of(kto.scored, [0]).tokens == 1000
+
+
 def test_an_unknown_device_is_refused_with_those_there_are():
     assert device("h100-80") is DEVICES["H100-80"]
     assert device("RTX 4090") is DEVICES["RTX-4090"]

@@ -6,16 +6,22 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dpo_service.checkpoint.format import digest_of
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.train import flops
 from dpo_service.train.attention.layout import Segment
 from dpo_service.train.batch import collate
+from dpo_service.train.feed import Feed
 from dpo_service.train.flops import Cost
 from dpo_service.train.logprobs import completion_logps, split_head, use_packing
 from dpo_service.train.optim import trained_parameters
 from dpo_service.train.policy import add_adapter, base_of
+from dpo_service.train.ranks import Ranks
 from dpo_service.train.rows import Example
+from dpo_service.train.start import build_state
+from dpo_service.train.step import train_step
 from tests.unit.train.families import PACKED, family
+from tests.unit.train.training_kit import make_job
 
 BATCH = collate(
     [
@@ -30,6 +36,13 @@ def counted(policy) -> float:
     """Matrix products of a forward and backward pass, as torch saw them; attention's are not among these."""
     with FlopCounterMode(display=False) as counter:
         completion_logps(base_of(policy), BATCH).logps_S.sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for name, count in counts.items() if str(name).removeprefix("aten.") in ("mm", "addmm"))
+
+
+def counted_forward(policy) -> float:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        completion_logps(base_of(policy), BATCH)
     counts = counter.get_flop_counts()["Global"]
     return sum(count for name, count in counts.items() if str(name).removeprefix("aten.") in ("mm", "addmm"))
 
@@ -65,6 +78,26 @@ def test_frozen_weights_under_an_adapter_have_no_gradient_of_their_own():
     assert (cost.token - unneeded) * TOKENS + (cost.predicted + 2 * head) * ANSWERS == counted(policy)
 
 
+def test_a_pass_forward_only_costs_what_torch_counts():
+    policy = add_adapter(prepared("llama", PACKED["llama"]), LoraSpec(rank=2), seed=0)
+    cost = Cost.of(policy, backward=False)
+    assert cost.token * TOKENS + cost.predicted * ANSWERS == counted_forward(policy)
+    assert cost.attended[0][0] * 3 == Cost.of(policy).attended[0][0]
+
+
+def test_a_step_of_kto_counts_its_mismatched_answers_forward(tmp_path, model_dir):
+    job = make_job(tmp_path, model_dir, loss="kto", validation=0)
+    state = build_state(job.run, model_dir, None, Ranks(), 6, digest_of(model_dir))
+    feed = Feed(job.run, job.dataset, job.store, Ranks())
+    batches = feed.batches(0)
+    feed.close()
+    trained, aside = (
+        sum(state.cost.of_pairs(b.segments) for b in some)
+        for some in (batches, [batch.mismatched for batch in batches])
+    )
+    assert float(train_step(state, 0, batches, 8.0).sums["flops"]) == pytest.approx(trained + aside / 3)
+
+
 def test_a_mixture_costs_the_experts_it_asks():
     dense, mixture = prepared("mistral", PACKED["mistral"]), prepared("mixtral", PACKED["mixtral"])
     router = 2 * 32 * 4
@@ -85,8 +118,8 @@ def test_attended_pairs_are_those_the_mask_lets_through(window):
 def test_layers_with_windows_are_counted_by_themselves():
     config = family("gemma3_text", PACKED["gemma3_text"]).config
     a_layer = 12 * 4 * 8
-    assert flops._attention(config) == ((a_layer, None), (a_layer, 4))
-    assert flops._attention(family("llama", {}).config) == ((2 * a_layer, None),)
+    assert flops._attention(config, 3) == ((a_layer, None), (a_layer, 4))
+    assert flops._attention(family("llama", {}).config, 3) == ((2 * a_layer, None),)
 
 
 def test_a_micro_batch_is_the_sum_of_its_parts():
