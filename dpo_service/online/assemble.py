@@ -12,6 +12,7 @@ from dpo_service.online.actors import start_pool
 from dpo_service.online.curator import Curator, CuratorPlan
 from dpo_service.online.feed import Mixed, OnlineFeed, OnlinePlan
 from dpo_service.online.judges.build import RewardModelFiles, Surroundings, build_judge
+from dpo_service.online.judges.spend import SpentFile
 from dpo_service.online.own_judge import ask_policy
 from dpo_service.online.pool import SamplerPool
 from dpo_service.online.port import Sampler
@@ -110,6 +111,7 @@ def _source(run: RunSpec, online: OnlineSpec, store: Store, sampler: Sampler, to
         return SelfPlay()
     around = Surroundings(
         cache_file=store.path(f"{paths.job_dir(run.job_id)}/verdicts.sqlite"),
+        spent_file=SpentFile(store, paths.judge_spent(run.job_id)),
         policy=ask_policy(sampler, tokenizer, run.seed),
         reward_model=_reward_model(online, store),
     )

@@ -8,6 +8,7 @@ jobs/{job_id}/attempts/{n}/spool/           reports, one file a process
 jobs/{job_id}/attempts/{n}/stop             exists = the attempt is asked to stop at the next step
 jobs/{job_id}/dataset/                      Parquet, batch plan, dataset.json (DatasetManifest)
 jobs/{job_id}/samples/step-00000020.parquet what was sampled for a step, with verdicts (online/samples.py)
+jobs/{job_id}/judge-spent.json              what its judge has cost, by all attempts (online/judges/spend.py)
 jobs/{job_id}/checkpoints/step-00000020/    a checkpoint (CheckpointManifest in manifest.json)
 models/{name}/                              the user's own base models
 cache/reference/{digest}/                   reference log-probabilities, shared between jobs
@@ -66,6 +67,10 @@ def samples_dir(job_id: str) -> str:
 
 def samples_file(job_id: str, step: int) -> str:
     return f"{samples_dir(job_id)}/step-{step:08d}.parquet"
+
+
+def judge_spent(job_id: str) -> str:
+    return f"jobs/{job_id}/judge-spent.json"
 
 
 def reference_cache(digest: str) -> str:

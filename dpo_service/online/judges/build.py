@@ -24,7 +24,7 @@ from dpo_service.online.judges.resilience import protected
 from dpo_service.online.judges.rules import RulesJudge
 from dpo_service.online.judges.scoring import ScoringJudge
 from dpo_service.online.judges.self_rewarding import SelfRewardingJudge
-from dpo_service.online.judges.spend import Paid, Purse
+from dpo_service.online.judges.spend import Paid, Purse, SpentFile
 from dpo_service.specs.judge import (
     JudgeSpec,
     PairwiseJudgeSpec,
@@ -52,8 +52,8 @@ class Surroundings:
     policy: Complete | None = None
     """Samples from the policy: for a policy that judges itself."""
     reward_model: RewardModelFiles | None = None
-    spent: float = 0.0
-    """What the job's judge has cost so far, from its last checkpoint."""
+    spent_file: SpentFile | None = None
+    """Keeps what the job's judge has cost, over all its attempts."""
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
 
@@ -84,12 +84,12 @@ def build_judge(spec: JudgeSpec, around: Surroundings) -> BuiltJudge:
 
 def _over_an_endpoint(spec: PairwiseJudgeSpec | ScoringJudgeSpec, around: Surroundings) -> BuiltJudge:
     endpoint = Endpoint(spec.endpoint, around.environ)
-    purse = Purse(spec.endpoint.price, spec.endpoint.spend_cap, around.spent)
+    purse = Purse(spec.endpoint.price, spec.endpoint.spend_cap, around.spent_file)
     complete = Paid(protected(endpoint.complete, spec.endpoint.limits), purse)
     inner: Judge = (
         PairwiseJudge(spec, complete) if isinstance(spec, PairwiseJudgeSpec) else ScoringJudge(spec, complete)
     )
-    return BuiltJudge(Counted(_cached(Closing(inner, endpoint), spec.cache, around)), purse)
+    return BuiltJudge(Counted(_cached(Closing(inner, endpoint), spec.cache, around), purse), purse)
 
 
 def _cached(judge: Judge, wanted: bool, around: Surroundings) -> Judge:

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from dpo_service.online.judges.port import Judge, JudgeRequest, Usage, Verdict
+from dpo_service.online.judges.spend import Purse
 
 _BUCKETS_PER_DOUBLING = 4
 """A quantile is exact to 19%: 2 to the power of a quarter."""
@@ -32,6 +33,8 @@ class JudgeSums:
     usage: Usage = field(default_factory=Usage)
     seconds: Counter[int] = field(default_factory=Counter)
     """Verdicts that were asked for, by the bucket of how long they took."""
+    spent: float = 0.0
+    """All that the job's judge has cost so far, by earlier attempts too. No sum: of two the later one counts."""
 
     def note(self, verdict: Verdict) -> None:
         self.verdicts += 1
@@ -61,6 +64,7 @@ class JudgeSums:
             self.flips + other.flips,
             self.usage + other.usage,
             self.seconds + other.seconds,
+            max(self.spent, other.spent),
         )
 
     def report(self) -> dict[str, float]:
@@ -72,6 +76,7 @@ class JudgeSums:
             "judge/completion_tokens": self.usage.completion_tokens,
             "judge/cost": self.usage.cost,
         }
+        report |= {"judge/spent": self.spent} if self.spent else {}
         report |= self._rates()
         report |= {f"judge/missing/{why}": count for why, count in sorted(self.missing.items())}
         for share, name in ((0.5, "p50"), (0.9, "p90"), (0.99, "p99")):
@@ -108,8 +113,9 @@ def quantile(buckets: Counter[int], share: float) -> float:
 class Counted:
     """`judge`, every verdict of it added to `sums`."""
 
-    def __init__(self, judge: Judge) -> None:
-        self._judge = judge
+    def __init__(self, judge: Judge, purse: Purse | None = None) -> None:
+        """`purse` pays for its calls; None = they cost nothing."""
+        self._judge, self._purse = judge, purse
         self.sums = JudgeSums()
         self.name = judge.name
         self.digest = judge.digest
@@ -122,6 +128,7 @@ class Counted:
     def take(self) -> JudgeSums:
         """The sums since the last call."""
         sums, self.sums = self.sums, JudgeSums()
+        sums.spent = self._purse.spent if self._purse is not None else 0.0
         return sums
 
     async def close(self) -> None:

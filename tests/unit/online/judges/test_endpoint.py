@@ -1,6 +1,7 @@
 """The endpoint when things go wrong, over real HTTP: codes, timeouts, the breaker, keys, the spend cap."""
 
 import asyncio
+import threading
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -11,9 +12,11 @@ from dpo_service.errors import InvalidSpec, JudgeCallFailed, JudgeError, SpendCa
 from dpo_service.online.judges.build import Surroundings, build_judge
 from dpo_service.online.judges.chat import ChatRequest, Said
 from dpo_service.online.judges.endpoint import Endpoint
-from dpo_service.online.judges.port import JudgeRequest
+from dpo_service.online.judges.port import JudgeRequest, Usage
 from dpo_service.online.judges.resilience import protected
-from dpo_service.specs.judge import EndpointSpec, PairwiseJudgeSpec
+from dpo_service.online.judges.spend import Purse, SpentFile
+from dpo_service.specs.judge import EndpointSpec, PairwiseJudgeSpec, PriceSpec
+from dpo_service.storage.store import Store
 from tests.unit.online.judges.openai_kit import PAIR, chat, status
 
 HELLO = ChatRequest((Said("user", "hello"),))
@@ -149,11 +152,11 @@ async def test_the_key_comes_from_the_environment_and_is_in_no_message(server):
     await endpoint.close()
 
 
-def paid(server, spent=0.0, **endpoint):
+def paid(server, spent_file=None, **endpoint):
     price = {"prompt": 1000.0, "completion": 5000.0}
     endpoint = {"base_url": server.url, "model": "m", "price": price, **endpoint}
     spec = PairwiseJudgeSpec.model_validate({"endpoint": endpoint})
-    return build_judge(spec, Surroundings(spent=spent))
+    return build_judge(spec, Surroundings(spent_file=spent_file))
 
 
 async def test_tokens_are_paid_for_and_the_cap_ends_it(server):
@@ -169,11 +172,43 @@ async def test_tokens_are_paid_for_and_the_cap_ends_it(server):
     await built.judge.close()
 
 
-async def test_what_was_spent_before_a_restart_counts(server):
-    built = paid(server, spent=0.5, spend_cap=0.5)
-    with pytest.raises(SpendCapReached):
-        await built.judge.judge(PAIR)
-    assert server.bodies == []
+async def test_what_was_spent_before_a_restart_counts(server, tmp_path):
+    """Each judge is a process of its own; none of them ends as it should."""
+    file = SpentFile(Store(tmp_path), "spent.json")
+    for spent in (0.3, 0.6):
+        killed = paid(server, file, spend_cap=0.5)
+        await killed.judge.judge(PAIR)
+        assert killed.judge.take().report()["judge/spent"] == pytest.approx(spent)
+    with pytest.raises(SpendCapReached, match=r"has cost 0\.6000"):
+        await paid(server, file, spend_cap=0.5).judge.judge(PAIR)
+    assert len(server.bodies) == 4
+
+
+async def test_no_reply_is_used_before_its_cost_is_kept_and_one_write_keeps_many(server, tmp_path, monkeypatch):
+    file, written = SpentFile(Store(tmp_path), "spent.json"), []
+    writing = threading.Event()
+    write = file.write
+
+    def slowly(self, spent):
+        written.append(spent)
+        writing.wait(10)
+        write(spent)
+
+    monkeypatch.setattr(SpentFile, "write", slowly)
+    purse = Purse(PriceSpec(prompt=1000.0, completion=5000.0), None, file)
+    purse.pay(Usage(1, 100, 10))
+    asked = [asyncio.create_task(purse.keep()) for _ in range(4)]
+    await asyncio.sleep(0.05)
+    assert [task for task in asked if task.done()] == []
+    writing.set()
+    await asyncio.gather(*asked)
+    assert (written, file.read()) == ([pytest.approx(0.15)], pytest.approx(0.15))
+
+
+def test_a_damaged_file_of_what_was_spent_is_not_taken_for_nothing(tmp_path):
+    (tmp_path / "spent.json").write_text("{}")
+    with pytest.raises(JudgeError, match=r"spent\.json does not say what the judge has cost"):
+        Purse(None, None, SpentFile(Store(tmp_path), "spent.json"))
 
 
 async def test_a_cap_needs_an_endpoint_that_says_what_it_used(server):
