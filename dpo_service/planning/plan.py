@@ -147,8 +147,7 @@ def _better(spec: JobSpec, question: Question, decided: Choice) -> PlanFix | Non
 def _shards(spec: JobSpec) -> bool:
     """As the job's own checks have it."""
     whole = spec.lora is not None and (spec.lora.dora or spec.lora.quantize != "none")
-    plain = spec.precision != "pure_bfloat16" and spec.optimizer == "adamw"
-    return plain and not whole and spec.reference_refresh is None
+    return spec.optimizer == "adamw" and not whole and spec.reference_refresh is None
 
 
 def _question(run: RunSpec, shape: ModelShape, lengths: Lengths, device: Device) -> Question:

@@ -162,10 +162,10 @@ class JobSpec(Spec):
                 "resources.strategy 'fsdp' spreads a model over workers; set resources.workers to 2 or more, "
                 "or use 'ddp'"
             )
-        if self.precision == "pure_bfloat16" or self.optimizer != "adamw":
+        if self.optimizer != "adamw":
             raise ValueError(
-                "resources.strategy 'fsdp' takes precision float32 or bfloat16 and optimizer adamw; "
-                "set these, or use 'ddp'"
+                f"optimizer {self.optimizer!r} needs whole weights, which resources.strategy 'fsdp' does not keep; "
+                "set optimizer to adamw, or use 'ddp'"
             )
         if self.lora is not None and (self.lora.dora or self.lora.quantize != "none"):
             raise ValueError(

@@ -10,9 +10,11 @@ Rounding to the nearest loses every change smaller than half the spacing of the 
 a weight, where a step changes it by a thousandth of that, and a second moment (which moves by a thousandth a step)
 never moves. Whatever is kept in fewer bits is therefore rounded up or down at random, so that its expectation is the
 float32 value (stochastic rounding, arXiv 1502.02551, 2010.06192). The random numbers are a function of (seed, step,
-position of the parameter): the same on every rank, and after a resume.
+position of the parameter): the same on every rank, and after a resume. Of a sharded parameter a rank moves the rows it
+holds, and its random numbers are its own.
 
-Shapes: N numbers of a parameter, flat; K of them in blocks of `BLOCK`, one row a block.
+Shapes: N numbers of a parameter (of a sharded one: of this rank's rows), flat; K of them in blocks of `BLOCK`, one row
+a block.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 BLOCK = 256
@@ -56,8 +59,9 @@ class CompactAdamW(torch.optim.Optimizer):
             state |= self._fresh(parameter)
         state["step"] += 1
         step = int(state["step"])
-        random = torch.Generator(parameter.device).manual_seed(_seed(self._seed, step, place))
-        weight_N, grad_N = parameter.detach().view(-1), parameter.grad.view(-1)  # type: ignore[union-attr]
+        random = torch.Generator(parameter.device).manual_seed(_seed(self._seed, step, place, *_shard(parameter)))
+        assert parameter.grad is not None
+        weight_N, grad_N = _flat(parameter.detach()), _flat(parameter.grad)
         for start in range(0, weight_N.numel(), SLAB):
             part = slice(start, min(start + SLAB, weight_N.numel()))
             first = _read(state, "exp_avg", part)
@@ -76,7 +80,7 @@ class CompactAdamW(torch.optim.Optimizer):
                 state[f"{slot}_top"] = torch.zeros(blocks, dtype=torch.int16, device=parameter.device)
             else:
                 dtype = torch.float32 if self._eight_bit else parameter.dtype
-                state[slot] = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
+                state[slot] = torch.zeros_like(parameter, dtype=dtype)
         return state
 
 
@@ -91,13 +95,23 @@ def _adamw(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, group: d
     return moved
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    """Its numbers that lie here, [N]: those of this rank, of a sharded one."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)
+
+
+def _shard(tensor: Tensor) -> tuple[int, ...]:
+    """Which part of it lies here; () = all."""
+    return tuple(tensor.device_mesh.get_coordinate() or ()) if isinstance(tensor, DTensor) else ()
+
+
 def _seed(*place: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=7).digest())
 
 
 def _read(state: State, slot: str, part: slice) -> Tensor:
     """A copy, float32."""
-    codes_N = state[slot].view(-1)[part]
+    codes_N = _flat(state[slot])[part]
     if codes_N.dtype == torch.uint8:
         return decode(codes_N, state[f"{slot}_top"][_blocks(part)], GRIDS[slot])
     return codes_N.to(torch.float32, copy=True)
@@ -107,7 +121,7 @@ def _write(state: State, slot: str, part: slice, value_N: Tensor, random: torch.
     if state[slot].dtype == torch.uint8:
         state[slot][part], state[f"{slot}_top"][_blocks(part)] = encode(value_N, GRIDS[slot], random)
     else:
-        _put(state[slot].view(-1), part, value_N, random)
+        _put(_flat(state[slot]), part, value_N, random)
 
 
 def _blocks(part: slice) -> slice:

@@ -36,8 +36,6 @@ def test_openai_documents_are_accepted_as_they_are():
         ({"reference": "cached", "reference_refresh": {"every_steps": 5}}, "cached one cannot move"),
         ({"reference_refresh": {"every_steps": 5, "alpha": 1.1}}, "alpha"),
         ({"resources": {"strategy": "fsdp"}}, "set resources.workers to 2"),
-        ({"resources": {"strategy": "fsdp", "workers": 2}, "reference_refresh": {"every_steps": 5}}, "or use 'ddp'"),
-        ({"resources": {"strategy": "fsdp", "workers": 2}, "optimizer": "adamw_8bit"}, "takes precision float32"),
         ({"checkpoint": {"keep_best": 1}}, "needs rows to evaluate on"),
         ({"checkpoint": {"metric": "eval_loss"}}, "set checkpoint.keep_best"),
         ({"checkpoint": {"publish": "best"}}, "set checkpoint.keep_best"),
@@ -64,6 +62,37 @@ def test_openai_documents_are_accepted_as_they_are():
 def test_what_cannot_work_is_refused_by_name(fields, says):
     with pytest.raises(ValidationError, match=says):
         spec(**fields)
+
+
+FSDP = {"strategy": "fsdp", "workers": 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "mended", "says"),
+    [
+        ({"optimizer": "adamw_8bit"}, {"optimizer": "adamw"}, "set optimizer to adamw, or use 'ddp'"),
+        ({"optimizer": "adamw_offload"}, {"optimizer": "adamw"}, "set optimizer to adamw, or use 'ddp'"),
+        ({"lora": {"dora": True}}, {"lora": {}}, "remove them, or use 'ddp'"),
+        (
+            {"lora": {"quantize": "nf4"}, "resources": FSDP | {"gpus_per_worker": 1}},
+            {"lora": {}},
+            "remove them, or use 'ddp'",
+        ),
+        ({"reference_refresh": {"every_steps": 5}}, {"reference_refresh": None}, "remove reference_refresh, or use"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_with_what_mends_it(fields, mended, says):
+    fields = {"resources": FSDP} | fields
+    with pytest.raises(ValidationError, match=says):
+        spec(**fields)
+    spec(**fields | mended)
+    spec(**fields | {"resources": fields["resources"] | {"strategy": "ddp"}})
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "pure_bfloat16"])
+@pytest.mark.parametrize("lora", [None, {}])
+def test_every_precision_is_sharded(precision, lora):
+    assert spec(resources=FSDP, precision=precision, lora=lora).precision == precision
 
 
 def test_true_rate_and_multiplier_exclude_each_other():

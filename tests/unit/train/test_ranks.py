@@ -38,6 +38,7 @@ KINDS = {
 HALF = {
     "fsdp-bfloat16": {"resources": FSDP, "reference": "live", "precision": "bfloat16"},
     "ddp-pure-bfloat16": {"resources": DDP, "reference": "live", "precision": "pure_bfloat16"},
+    "fsdp-pure-bfloat16": {"resources": FSDP, "reference": "live", "precision": "pure_bfloat16"},
 }
 RESUMED = ("ddp-lora", "ddp-bco", "ddp-refresh", "fsdp", "fsdp-lora")
 OPTIONS = {"batch_size": 7, "steps": 4, "save_every_steps": 2}
@@ -176,11 +177,21 @@ def test_sharded_float32_weights_are_put_together(pairs, tmp_path):
     assert resumed.losses() == pytest.approx(pair.alone.losses()[2:], rel=2e-2)
 
 
-def test_pure_bfloat16_on_two_ranks_follows_one(pairs):
-    """To the arithmetic's own noise: a micro-batch of another shape rounds otherwise."""
-    pair = pairs["ddp-pure-bfloat16"]
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_pure_bfloat16_on_two_ranks_follows_one(pairs, strategy, tmp_path):
+    """To the arithmetic's own noise: a micro-batch of another shape rounds otherwise, and so does a sharded rank."""
+    pair = pairs[f"{strategy}-pure-bfloat16"]
     assert pair.together.losses() == pytest.approx(pair.alone.losses(), rel=2e-2)
-    assert {value.dtype for name, value in saved(pair.two).items() if "|step" not in name} == {torch.bfloat16}
+    together, alone = saved(pair.two), saved(pair.one)
+    assert {value.dtype for name, value in together.items() if "|step" not in name} == {torch.bfloat16}
+    assert {name: value.shape for name, value in together.items()} == {n: value.shape for n, value in alone.items()}
+    moments = [name for name in alone if "|exp_avg" in name]
+    assert all((together[n] - alone[n]).norm() < 0.1 * alone[n].norm() for n in moments)
+    job = copied(pair.two, tmp_path)
+    job.store.delete("jobs/j/checkpoints/step-00000004")
+    resumed = Recorder()
+    job.train(reports=resumed)
+    assert resumed.losses() == pytest.approx(pair.alone.losses()[2:], rel=2e-2)
 
 
 @pytest.mark.parametrize("kind", RESUMED)
