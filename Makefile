@@ -92,7 +92,7 @@ bench: install-dev ## Losses, speed and memory beside TRL's DPOTrainer; writes b
 	$(BIN)/python -m benchmarks.step --rows short --reference live --steps 4
 	$(BIN)/python -m benchmarks.step --rows short --precision bfloat16
 	$(BIN)/python -m benchmarks.step --rows long --precision bfloat16 --steps 4
-	$(BIN)/python -m benchmarks.step --rows short --vocabulary 150000 --steps 3 --batch 4
+	$(BIN)/python -m benchmarks.step --rows short --vocabulary 150000 --steps 3 --batch 8
 	$(if $(BENCH_ROWS),$(BIN)/python -m benchmarks.step --rows '$(BENCH_ROWS)')
 	$(BIN)/python -m benchmarks.ablation --rows short
 	$(BIN)/python -m benchmarks.ablation --rows long
