@@ -1,9 +1,11 @@
+"""What holds of a pause alone; test_wishes.py has what it shares with a cancellation."""
+
 from __future__ import annotations
 
 import pytest
 
 from dpo_service import ids
-from dpo_service.errors import Conflict, NotFound
+from dpo_service.errors import Conflict
 from dpo_service.jobs.cancel import cancel
 from dpo_service.jobs.pause import pause, resume
 from dpo_service.jobs.states import State
@@ -75,31 +77,6 @@ async def test_a_paused_job_holds_no_place_and_is_left_alone(world: World) -> No
     assert await world.state(job_id) is State.SUBMITTING
 
 
-async def test_one_that_does_not_stop_is_forced_and_paused_all_the_same(world: World) -> None:
-    job_id = await world.running()
-    world.cluster.stubborn = True
-    await pause(world.database, job_id, clock=world.clock)
-    world.clock.advance(59)
-    await world.tick()
-    assert world.cluster.stops == []
-    world.clock.advance(1)
-    await world.tick()
-    assert world.cluster.stops == [ids.submission_id(job_id, 1)]
-    world.die(job_id)
-    await world.tick()
-    job = await world.job(job_id)
-    assert (job.job_state, job.failures, job.error_code) == (State.PAUSED, 0, None)
-
-
-async def test_an_attempt_that_has_not_begun_is_stopped_at_once(world: World) -> None:
-    job_id = await world.submit()
-    await world.tick()
-    await pause(world.database, job_id, clock=world.clock)
-    await world.tick(2)
-    assert world.cluster.stops == [ids.submission_id(job_id, 1)]
-    assert await world.state(job_id) is State.PAUSED
-
-
 async def test_pauses_are_no_failed_attempts(world: World) -> None:
     """Twice as many pauses as attempts may fail, and then as many failures as ever."""
     job_id = await world.submit()
@@ -119,14 +96,6 @@ async def test_pauses_are_no_failed_attempts(world: World) -> None:
         await world.tick()
     assert await world.state(job_id) is State.FAILED
     assert "failed attempt 3 of 3" in (await world.events(job_id))[-1].message
-
-
-async def test_a_success_in_the_race_is_a_success(world: World) -> None:
-    job_id = await world.running()
-    world.succeed(job_id)
-    await pause(world.database, job_id, clock=world.clock)
-    await world.tick()
-    assert await world.state(job_id) is State.SUCCEEDED
 
 
 async def test_a_failure_that_would_come_again_is_not_hidden_by_the_pause(world: World) -> None:
@@ -203,24 +172,4 @@ async def test_a_pausing_job_cannot_be_resumed_before_it_has_paused(world: World
     await pause(world.database, job_id, clock=world.clock)
     with pytest.raises(Conflict, match="still pausing"):
         await resume(world.database, job_id)
-    assert await world.state(job_id) is State.PAUSING
-
-
-@pytest.mark.parametrize("wish", [pause, resume])
-async def test_an_ended_and_an_unknown_job_refuse(world: World, wish) -> None:
-    job_id = await world.running()
-    world.succeed(job_id)
-    await world.tick()
-    with pytest.raises(Conflict, match="succeeded already"):
-        await wish(world.database, job_id)
-    with pytest.raises(NotFound, match="ftjob-none"):
-        await wish(world.database, "ftjob-none")
-
-
-async def test_blindness_pauses_nothing(world: World) -> None:
-    job_id = await world.running()
-    await pause(world.database, job_id, clock=world.clock)
-    world.cluster.unreachable = True
-    world.clock.advance(600)
-    await world.tick(3)
     assert await world.state(job_id) is State.PAUSING
