@@ -8,6 +8,7 @@
     │   ├── NotFound                    404     not_found            an id nobody knows
     │   ├── Conflict                    409     conflict             the object's state does not allow it
     │   ├── Unauthorized                401     invalid_api_key
+    │   ├── Forbidden                   403     forbidden            asked in a way that is not open
     │   ├── TooLarge                    413     too_large            a body over the limit
     │   └── StorageFull                 413     storage_full         the disk has no room for it
     ├── Unavailable                     503     unavailable          right request, wrong moment (carries `retry_after`)
@@ -85,6 +86,11 @@ class Conflict(UserError):
 class Unauthorized(UserError):
     status = 401
     code = "invalid_api_key"
+
+
+class Forbidden(UserError):
+    status = 403
+    code = "forbidden"
 
 
 class TooLarge(UserError):

@@ -14,6 +14,7 @@ from urllib.parse import quote
 import httpx
 
 from dpo_service.cli.exits import CliError, ExitCode, Refused
+from dpo_service.hosts import is_loopback
 
 Json = dict[str, Any]
 SERVICE_FILE = "service.json"
@@ -43,13 +44,12 @@ class Service:
 
     def __init__(self, url: str, api_key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
         self.url = url
-        loopback = httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")
         key = api_key or os.environ.get("DPO_API_KEY") or "none"
         self._http = httpx.Client(
             base_url=url,
             headers={"authorization": f"Bearer {key}"},
             timeout=httpx.Timeout(LONG_S, connect=5),
-            trust_env=not loopback,
+            trust_env=not is_loopback(httpx.URL(url).host),
             transport=transport,
         )
 

@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 def samples(
     job_id: JobId,
-    step: Annotated[int | None, typer.Option(min=0, help="Only what was made for this step, from 0.")] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="Only what was made for this step, from 1.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many prompts, of the newest steps first.")] = 5,
     full: Annotated[bool, typer.Option("--full", help="Show whole texts, and what the judge replied.")] = False,
     url: Url = None,

@@ -5,7 +5,6 @@ Paths as in ray.dashboard.modules, Ray 2.60: /api/jobs/, /api/serve/applications
 
 from __future__ import annotations
 
-import ipaddress
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import httpx
 from dpo_service.cluster import serve_rest
 from dpo_service.cluster.port import AppObservation, Capacity, JobObservation, Liveness, ServeApplication
 from dpo_service.errors import ClusterError
+from dpo_service.hosts import is_loopback
 
 SERVE_PORT = 8000
 """Where Ray Serve listens unless it is told otherwise."""
@@ -95,7 +95,7 @@ class RayJobsCluster:
     async def serve(self, applications: Sequence[ServeApplication]) -> None:
         if not applications and not await self._serve_is_running():
             return
-        host = "127.0.0.1" if _is_loopback(self._host) else "0.0.0.0"
+        host = "127.0.0.1" if is_loopback(self._host) else "0.0.0.0"
         wanted = serve_rest.document(applications, host, self._serve_port)
         response = await self._ask("PUT", "/api/serve/applications/", json=wanted, limit=SERVE_TIMEOUT)
         _require_success(response, "deploy")
@@ -165,13 +165,6 @@ def observation(job: Mapping[str, Any]) -> JobObservation:
 
 def _job_path(submission_id: str) -> str:
     return f"/api/jobs/{quote(submission_id, safe='')}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _require_success(response: httpx.Response, what: str) -> None:

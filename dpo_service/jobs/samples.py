@@ -27,7 +27,7 @@ class Page:
 
 
 def read(store: Store, job_id: str, *, step: int | None, after: str | None, limit: int) -> Page:
-    """At most `limit` prompts with their answers: of the newest steps, or of `step` only (from 0), after the one named.
+    """At most `limit` prompts with their answers: of the newest steps, or of `step` only (from 1), after the one named.
 
     Raises:
         UserError: `after` names no place.

@@ -1,4 +1,7 @@
-"""What was sampled and what was said of it, kept as Parquet: one file a step, one row a prompt."""
+"""What was sampled and what was said of it, kept as Parquet: one file a step, one row a prompt.
+
+The loop numbers the step it makes from 0. Users count steps from 1, as metrics and checkpoints do, and so do the files.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ class SampleFiles:
 
     async def write(self, step: int, turns: tuple[Turn, ...]) -> None:
         """On a thread, so that nobody waits for the disk but the step itself."""
-        await asyncio.to_thread(self._write, step, turns)
+        await asyncio.to_thread(self._write, step + 1, turns)
 
     def _write(self, step: int, turns: tuple[Turn, ...]) -> None:
         table = pa.Table.from_pylist([_row(step, turn) for turn in turns], schema=SAMPLES)

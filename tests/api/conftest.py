@@ -71,7 +71,7 @@ class Api:
         )
         self.http = self.client()
         self.sdk = openai.AsyncOpenAI(
-            base_url="http://dpo/v1",
+            base_url="http://localhost/v1",
             api_key="any",
             max_retries=0,
             http_client=self.client(),
@@ -80,7 +80,7 @@ class Api:
 
     def client(self, **options):
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        return httpx.AsyncClient(transport=transport, base_url="http://dpo", **options)
+        return httpx.AsyncClient(transport=transport, base_url="http://localhost", **options)
 
     def _changed(self):
         self.changes += 1

@@ -76,6 +76,36 @@ async def test_loopback_without_keys_admits_any_key_and_none(api):
 
 
 @pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example"},
+        {"host": "evil.example:8000"},
+        {"host": "127.0.0.1.evil.example"},
+        {"host": "[::1"},
+        {"host": ""},
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+    ],
+)
+async def test_without_keys_a_page_from_elsewhere_is_refused(api, headers):
+    response = await api.http.get("/v1/models", headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "forbidden")
+    assert "DPO_API_KEYS" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "headers", [{"host": "127.0.0.1:9000"}, {"host": "[::1]:8000"}, {"origin": "http://localhost:3000"}]
+)
+async def test_this_machines_own_names_are_admitted(api, headers):
+    assert (await api.http.get("/v1/models", headers=headers)).status_code == 200
+
+
+async def test_with_keys_any_name_will_do(guarded):
+    headers = {"host": "dpo.example", "origin": "https://ui.example", "authorization": "Bearer sk-one"}
+    assert (await guarded.http.get("/v1/models", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize(
     ("header", "status"),
     [
         (None, 401),

@@ -210,9 +210,9 @@ async def test_cancelled_upload_leaves_nothing(api):
         "path": "/v1/files",
         "raw_path": b"/v1/files",
         "query_string": b"",
-        "headers": [(b"content-type", b"multipart/form-data; boundary=x"), (b"host", b"dpo")],
+        "headers": [(b"content-type", b"multipart/form-data; boundary=x"), (b"host", b"localhost")],
         "scheme": "http",
-        "server": ("dpo", 80),
+        "server": ("localhost", 80),
         "client": ("127.0.0.1", 1),
         "root_path": "",
     }

@@ -50,11 +50,11 @@ def keep(api, job_id, step, rows):
 
 async def test_the_newest_steps_come_first_page_by_page(api):
     job = await api.job((await api.upload()).id)
-    for step in (0, 1):
-        keep(api, job.id, step, [prompt(step, 2 * step + place) for place in range(2)])
+    for step in (1, 2):
+        keep(api, job.id, step, [prompt(step, 2 * step - 2 + place) for place in range(2)])
     url = f"/v1/fine_tuning/jobs/{job.id}/samples"
     whole = (await api.http.get(url)).json()
-    assert [one["id"] for one in whole["data"]] == ["1-2", "1-3", "0-0", "0-1"]
+    assert [one["id"] for one in whole["data"]] == ["2-2", "2-3", "1-0", "1-1"]
     assert whole["has_more"] is False
     seen, after = [], {}
     while True:
@@ -64,21 +64,21 @@ async def test_the_newest_steps_come_first_page_by_page(api):
             break
         after = {"after": page["last_id"]}
     assert seen == [one["id"] for one in whole["data"]]
-    of_one = (await api.http.get(url, params={"step": 0})).json()["data"]
-    assert [one["step"] for one in of_one] == [0, 0]
+    of_one = (await api.http.get(url, params={"step": 1})).json()["data"]
+    assert [one["step"] for one in of_one] == [1, 1]
     assert (await api.http.get(url, params={"step": 7})).json()["data"] == []
 
 
 async def test_a_sample_tells_all_that_became_of_it(api):
     job = await api.job((await api.upload()).id)
-    keep(api, job.id, 0, [prompt(0, 0)])
+    keep(api, job.id, 1, [prompt(1, 0)])
     (one,) = (await api.http.get(f"/v1/fine_tuning/jobs/{job.id}/samples")).json()["data"]
     assert one["prompt"] == [{"role": "user", "content": "How much is 0?"}]
     assert one["answers"][1] == {
         "text": "No",
         "finished": False,
         "logp": -0.5,
-        "version": 0,
+        "version": 1,
         "score": None,
         "missing": "timeout",
     }
@@ -89,7 +89,7 @@ async def test_a_sample_tells_all_that_became_of_it(api):
 async def test_a_prompt_without_a_verdict_is_shown_too(api):
     job = await api.job((await api.upload()).id)
     unsaid = dict.fromkeys(("judge", "scores", "missing", "comparisons", "replies", "cached"))
-    keep(api, job.id, 0, [prompt(0, 0), prompt(0, 1, **unsaid, chosen=[], rejected=[], dropped="stale")])
+    keep(api, job.id, 1, [prompt(1, 0), prompt(1, 1, **unsaid, chosen=[], rejected=[], dropped="stale")])
     one = (await api.http.get(f"/v1/fine_tuning/jobs/{job.id}/samples")).json()["data"][1]
     assert (one["judge"], one["pairs"], one["dropped"], one["answers"][0]["score"]) == (None, [], "stale", None)
 
@@ -100,6 +100,8 @@ async def test_jobs_without_samples_and_wrong_places(api):
     assert (await api.http.get(url)).json()["data"] == []
     refused = await api.http.get(url, params={"after": "nothing"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "after")
+    before = await api.http.get(url, params={"step": 0})
+    assert (before.status_code, before.json()["error"]["param"]) == (400, "step")
     assert (await api.http.get("/v1/fine_tuning/jobs/ftjob-none/samples")).status_code == 404
 
 

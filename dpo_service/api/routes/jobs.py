@@ -228,7 +228,7 @@ async def job_dataset(job_id: str, services: ServicesDep) -> JobDataset:
 async def list_samples(
     job_id: str,
     services: ServicesDep,
-    step: Annotated[int | None, Query(ge=0, lt=10**8, description="Only those made for this step, from 0")] = None,
+    step: Annotated[int | None, Query(ge=1, lt=10**8, description="Only those made for this step, from 1")] = None,
     after: After = None,
     limit: Limit = 20,
 ) -> SampleList:

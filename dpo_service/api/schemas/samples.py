@@ -45,7 +45,7 @@ class SampleObject(Wire):
     id: str
     object: Literal["fine_tuning.job.sample"] = "fine_tuning.job.sample"
     step: int
-    """The training step it was made for, from 0."""
+    """The training step it was made for, from 1, as in metrics."""
     position: int
     """Of the prompt, in the order of sampling."""
     prompt_index: int

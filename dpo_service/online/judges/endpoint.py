@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import os
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import httpx
 
 from dpo_service.errors import InvalidSpec, JudgeCallFailed, JudgeError
+from dpo_service.hosts import is_loopback
 from dpo_service.online.judges.chat import ChatRequest, Completion
 from dpo_service.online.judges.port import Usage
 from dpo_service.online.judges.resilience import RATE_LIMITED
@@ -37,7 +37,8 @@ class Endpoint:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=None,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=spec.limits.concurrency),
-            trust_env=not _is_loopback(spec.base_url),
+            # A proxy of the environment leads elsewhere than to this machine.
+            trust_env=not is_loopback(httpx.URL(spec.base_url).host),
         )
 
     async def complete(self, request: ChatRequest) -> Completion:
@@ -100,15 +101,6 @@ def _key(spec: EndpointSpec, environ: Mapping[str, str]) -> str | None:
             param="judge.endpoint.api_key_env",
         )
     return key
-
-
-def _is_loopback(url: str) -> bool:
-    """A proxy of the environment leads elsewhere than to this machine."""
-    host = httpx.URL(url).host
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _completion(answer: httpx.Response) -> Completion:

@@ -24,8 +24,8 @@ async def test_what_is_written_is_read_back(tmp_path):
     said = Verdict("pairwise", (1.0, None), (None, "timeout"), (PairVerdict(0, 1, ("first", None), "timeout"),), ("A",))
     written = SampleFiles(store, "ftjob-1")
     await written.write(4, (turn(9, said, ((0, 1), (-1, 1))), turn(10, None, dropped="stale")))
-    first, second = SampleList.of(samples.read(store, "ftjob-1", step=4, after=None, limit=5)).data
-    assert (first.id, first.step, first.prompt_index, first.judge) == ("4-9", 4, 7, "pairwise")
+    first, second = SampleList.of(samples.read(store, "ftjob-1", step=5, after=None, limit=5)).data
+    assert (first.id, first.step, first.prompt_index, first.judge) == ("5-9", 5, 7, "pairwise")
     assert first.prompt == [{"role": "user", "content": "How?"}]
     one, other = first.answers
     assert (one.text, one.finished, one.logp, one.version, one.score) == ("so", True, -0.75, 2, 1.0)
