@@ -41,6 +41,7 @@ from dpo_service.cluster.ray_jobs import RayJobsCluster
 from dpo_service.db.migrate import upgrade
 from dpo_service.db.session import Database
 from dpo_service.deployments.reconciler import DeploymentReconciler
+from dpo_service.errors import UserError
 from dpo_service.jobs.reconciler import Reconciler
 from dpo_service.settings import Settings
 from dpo_service.storage.store import Store
@@ -92,7 +93,7 @@ def _cluster(settings: Settings) -> Cluster:
         case "local":
             return LocalCluster(settings.data_dir, num_cpus=settings.local_cpus, serve_port=settings.serve_port)
         case "ray_jobs":
-            assert settings.ray_address is not None
+            assert settings.ray_address is not None, "Settings has looked"
             token = os.environ.get("RAY_AUTH_TOKEN")
             return RayJobsCluster(settings.ray_address, token, serve_port=settings.serve_port)
         case "fake":
@@ -120,20 +121,35 @@ async def running(service: Service, role: Role) -> AsyncIterator[None]:
 
 async def serve(settings: Settings, role: Role = "up") -> None:
     """Run until SIGTERM or SIGINT. Prints one line when ready."""
+    # Before Ray is started: a port that is taken is known at once, and leaves nothing behind.
+    listener = None if role == "reconciler" else bound(settings.host, settings.port)
     await asyncio.to_thread(upgrade, settings.sqlalchemy_url)
     service = compose(settings)
-    if role == "reconciler":
+    if listener is None:
         stopped = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
         async with running(service, role):
             await stopped.wait()
         return
-    config = uvicorn.Config(
-        service.app, host=settings.host, port=settings.port, log_config=None, timeout_graceful_shutdown=5
-    )
+    config = uvicorn.Config(service.app, log_config=None, timeout_graceful_shutdown=5)
     async with running(service, role):
-        await _AnnouncingServer(config, settings).serve()
+        await _AnnouncingServer(config, settings).serve([listener])
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that has the address, and does not answer yet. Raises UserError where it cannot be had."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"the service cannot listen on {host}, port {port}: {error.strerror or error}; choose another with --port "
+            "(DPO_PORT) or --host (DPO_HOST), or stop what has it"
+        ) from None
+    return listener
 
 
 class _AnnouncingServer(uvicorn.Server):
@@ -195,7 +211,15 @@ def up(settings: Settings, *, detach: bool = False) -> int:
         (settings.data_dir / "service.json").unlink(missing_ok=True)
         log.configure(file=settings.data_dir / "logs" / "service.log")
         sweep_unfinished(Store(settings.data_dir))
-        asyncio.run(serve(settings))
+        return _run(settings, "up")
+
+
+def _run(settings: Settings, role: Role) -> int:
+    try:
+        asyncio.run(serve(settings, role))
+    except UserError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return EXIT_FAILED
     return EXIT_OK
 
 
@@ -256,6 +280,9 @@ def _encoded(value: object) -> str:
 def down(data_dir: Path) -> int:
     """End the service on `data_dir` and the Ray it started, served models and running jobs included."""
     data_dir = data_dir.resolve()
+    if not data_dir.is_dir():
+        print(f"nothing runs on {data_dir}: there is no such directory", file=sys.stderr)
+        return EXIT_FAILED
     who = holder(data_dir)
     if who and isinstance(who.get("pid"), int):
         _terminate(int(str(who["pid"])))
@@ -288,9 +315,9 @@ def main(arguments: list[str]) -> int:
         case ["migrate"]:
             upgrade(settings.sqlalchemy_url)
         case ["api"]:
-            asyncio.run(serve(settings, "api"))
+            return _run(settings, "api")
         case ["reconciler"]:
-            asyncio.run(serve(settings, "reconciler"))
+            return _run(settings, "reconciler")
         case _:
             print(main.__doc__, file=sys.stderr)
             return 2

@@ -51,6 +51,12 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _address_of_the_cluster(self) -> Self:
+        if self.cluster == "ray_jobs" and self.ray_address is None:
+            raise ValueError("an existing cluster (DPO_CLUSTER=ray_jobs) needs DPO_RAY_ADDRESS, as http://head:8265")
+        return self
+
     @property
     def on_loopback(self) -> bool:
         return is_loopback(self.host)

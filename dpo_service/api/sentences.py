@@ -39,6 +39,10 @@ def _sentence(finding: Finding, param: str | None, model: Any, auto: bool) -> st
             return f"`{param}`: {reason}" if param else reason
         case "model_attributes_type" | "model_type" | "dict_type" if param is None:
             return "the body must be a JSON object, sent with content-type: application/json"
+        case "model_attributes_type" | "model_type" | "dict_type":
+            owner = _model_in(_type_at(model, _path(finding)))
+            fields = f" with the fields {', '.join(owner.model_fields)}" if owner else ""
+            return f"`{param}` must be an object{fields}"
     wanted = message.removeprefix("Input ").rstrip(".") + (' or be "auto"' if auto else "")
     return f"`{param}` {wanted}" if param else wanted
 

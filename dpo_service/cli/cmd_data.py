@@ -39,7 +39,9 @@ def check(
     model: Annotated[
         str | None, typer.Option(help="Count tokens as this model does: a directory, or a hub id.")
     ] = None,
-    max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of prompt plus answer.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=8, help="Tokens of prompt plus answer. [default: the model's, at most 1024]")
+    ] = None,
     truncation: Annotated[TooLong, typer.Option(help="What becomes of an answer that is too long.")] = TooLong.REFUSE,
     as_json: AsJson = False,
 ) -> None:
@@ -49,10 +51,15 @@ def check(
 
     if not file.is_file():
         raise CliError(f"there is no file {file}", ExitCode.USAGE)
-    tokenizer = load_tokenizer(model) if model else None
+    tokenizer, allowed = _of_model(model) if model else (None, None)
     try:
         report = check_file(
-            file, file.name, tokenizer=tokenizer, max_length=max_length, truncation=truncation.value, full=True
+            file,
+            file.name,
+            tokenizer=tokenizer,
+            max_length=max_length or allowed,
+            truncation=truncation.value,
+            full=True,
         )
     except UserError as error:
         raise CliError(f"{file}: {error.message}", ExitCode.REFUSED) from None
@@ -64,22 +71,24 @@ def check(
         show_report(report, str(file))
 
 
-def load_tokenizer(model: str) -> Tokenizer:
-    """The tokenizer of a local model directory, or of a hub id (its small files are fetched).
+def _of_model(model: str) -> tuple[Tokenizer, int]:
+    """Of a local model directory, or of a hub id (its small files are fetched), the tokenizer, and the `max_length` of
+    a job that names none.
 
     Raises:
         CliError: there is no such model, or the hub does not answer.
     """
     from dpo_service.errors import DpoServiceError
+    from dpo_service.jobs.choices import DEFAULT_MAX_LENGTH
+    from dpo_service.registry.directories import inspect
     from dpo_service.rows.template import Tokenizer
 
-    directory = Path(model)
-    if not directory.is_dir():
-        directory = _fetch_tokenizer(model)
+    directory = Path(model) if Path(model).is_dir() else _fetch_tokenizer(model)
     try:
-        return Tokenizer.load(directory)
+        allowed = inspect(directory, model, weights_here=False).max_length
+        return Tokenizer.load(directory), min(allowed, DEFAULT_MAX_LENGTH)
     except DpoServiceError as error:
-        raise CliError(error.message, ExitCode.USAGE) from None
+        raise CliError(f"--model {model}: {error.message}", ExitCode.USAGE) from None
 
 
 def _fetch_tokenizer(model: str) -> Path:

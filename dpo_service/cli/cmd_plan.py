@@ -53,6 +53,7 @@ def _made_here(document: dict[str, Any], gpu: str | None, gpus: int | None) -> d
     from pydantic import ValidationError
 
     from dpo_service.api.schemas.plans import PlanObject
+    from dpo_service.api.sentences import describe
     from dpo_service.errors import DpoServiceError
     from dpo_service.jobs.plan import plan_here
     from dpo_service.specs.job import JobSpec
@@ -60,9 +61,8 @@ def _made_here(document: dict[str, Any], gpu: str | None, gpus: int | None) -> d
     try:
         planned = asyncio.run(plan_here(JobSpec.model_validate(document), gpu=gpu, gpus=gpus))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise CliError(f"{field}: {first['msg'].removeprefix('Value error, ')}", ExitCode.REFUSED) from None
+        findings = [dict(finding, loc=("body", *finding["loc"])) for finding in error.errors()]
+        raise CliError(describe(findings, JobSpec)[1], ExitCode.REFUSED) from None
     except DpoServiceError as error:
         raise CliError(error.message, ExitCode.REFUSED) from None
     return PlanObject.of(planned).model_dump(mode="json")

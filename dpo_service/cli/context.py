@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dpo_service.cli.client import Service, find_url
+from dpo_service.cli.client import SERVICE_FILE, Service, find_url
+from dpo_service.cli.exits import CliError, ExitCode
 
 Url = Annotated[
     str | None,
@@ -26,4 +27,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON (one object a l
 
 
 def connect(url: str | None, api_key: str | None, data_dir: Path | None) -> Service:
+    """The service that the options name. Raises CliError where none runs on the data directory that they name."""
+    if url is None and data_dir is not None and not (data_dir / SERVICE_FILE).exists():
+        raise CliError(
+            f"no service runs on the data directory {data_dir}; start one with `dpo up --data-dir {data_dir}`, or name "
+            "another by --data-dir or --url",
+            ExitCode.UNREACHABLE,
+        )
     return Service(find_url(url, data_dir), api_key)

@@ -32,7 +32,7 @@ async def get_job(session: AsyncSession, job_id: str, *, lock: bool = False) -> 
     """`lock`: keep the row from changing until the transaction ends. Raises NotFound."""
     job = await session.get(Job, job_id, with_for_update=True if lock else None)
     if job is None:
-        raise NotFound(f"there is no fine-tuning job {job_id!r}; see GET /v1/fine_tuning/jobs")
+        raise NotFound(f"there is no fine-tuning job {job_id!r}; see `dpo jobs`, or GET /v1/fine_tuning/jobs")
     return job
 
 

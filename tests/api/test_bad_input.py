@@ -104,7 +104,8 @@ BAD_JOBS = {
         '"auto"',
     ),
     "unknown method": ({"method": {"type": "dop"}}, "method.type", "dpo"),
-    "method missing": ({"method": None}, "method", ""),
+    "method missing": ({"method": None}, "method", "an object with the fields type, dpo"),
+    "method as a text": ({"method": "dpo"}, "method", "an object with the fields type, dpo"),
     "block of another method": ({"method": {"type": "dpo", "supervised": {}}}, "method", "remove one"),
     "both learning rates": (
         {"learning_rate": 1e-4, "method": {"type": "dpo", "dpo": {"hyperparameters": {"learning_rate_multiplier": 2}}}},

@@ -1,7 +1,12 @@
 """What `dpo up` does before and around serving; the service itself is tried in tests/e2e."""
 
+import socket
+
+import pytest
+
 from dpo_service import main
 from dpo_service.api.uploads import ARRIVING, sweep_unfinished
+from dpo_service.settings import Settings
 from dpo_service.storage.store import Store
 
 
@@ -33,3 +38,20 @@ def test_open_addresses_without_keys_do_not_start(monkeypatch, capsys):
     monkeypatch.delenv("DPO_API_KEYS", raising=False)
     assert main.main(["up"]) == 2
     assert "DPO_API_KEYS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cluster", ["local", "fake"])
+def test_a_port_that_is_taken_is_said_before_anything_is_started(tmp_path, capsys, cluster):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        settings = Settings(data_dir=tmp_path, port=other.getsockname()[1], cluster=cluster)
+        assert main.up(settings) == main.EXIT_FAILED
+    said = capsys.readouterr().err
+    assert f"port {settings.port}" in said
+    assert "--port" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "service.lock"]
+
+
+def test_down_makes_no_directory(tmp_path, capsys):
+    assert main.down(tmp_path / "none") == main.EXIT_FAILED
+    assert "no such directory" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -18,6 +18,12 @@ def test_loopback_needs_none(host):
     assert Settings(host=host).on_loopback
 
 
+def test_an_existing_cluster_needs_its_address():
+    with pytest.raises(ValidationError, match="DPO_RAY_ADDRESS"):
+        Settings(cluster="ray_jobs")
+    assert Settings(cluster="ray_jobs", ray_address="http://head:8265").ray_address
+
+
 def test_settings_survive_the_way_through_the_environment(tmp_path, monkeypatch):
     before = Settings(data_dir=tmp_path, port=1234, api_keys=("sk-1",), allowed_model_roots=(tmp_path,), hub=False)
     for name, value in environment(before).items():

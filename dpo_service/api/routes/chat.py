@@ -101,7 +101,7 @@ async def _deployment(services: Services, model: str) -> Deployment:
     if found is None:
         shown = orjson.dumps({"model": model}).decode()
         raise NotFound(
-            f"model {model!r} is not deployed; deploy it first: POST /v1/deployments {shown}",
+            f"model {model!r} is not deployed; deploy it first: `dpo deploy {model}`, or POST /v1/deployments {shown}",
             param="model",
             code="model_not_found",
         )

@@ -52,6 +52,11 @@ def test_a_service_that_is_away_is_said_with_the_mend(capsys, unused_tcp_port):
     assert "dpo up" in capsys.readouterr().err
 
 
+def test_a_data_directory_without_a_service_is_not_taken_for_the_default_one(tmp_path, capsys):
+    assert run(["jobs", "--data-dir", str(tmp_path / "none")]) == ExitCode.UNREACHABLE
+    assert f"dpo up --data-dir {tmp_path / 'none'}" in " ".join(capsys.readouterr().err.split())
+
+
 def test_with_json_an_error_is_an_object_on_stdout(capsys, unused_tcp_port):
     assert run(["jobs", "--json", "--url", f"http://127.0.0.1:{unused_tcp_port}"]) == ExitCode.UNREACHABLE
     assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == 4

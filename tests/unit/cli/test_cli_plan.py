@@ -57,7 +57,8 @@ def test_one_that_does_not_fit_is_refused_with_what_would(model, pairs, capsys):
         (["--gpu", "V100"], "H100-80"),
         (["--model", "no/where/at/all"], "--url"),
         (["--set", "max_length=9000"], "8,192"),
-        (["--set", "learning_rates=1"], "learning_rates"),
+        (["--set", "learning_rates=1"], "did you mean `learning_rate`?"),
+        (["--set", "beta=3"], "less than or equal to 2"),
     ],
 )
 def test_what_a_service_would_refuse_is_refused_here(model, pairs, changed, said, capsys):
