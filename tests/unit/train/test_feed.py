@@ -31,6 +31,23 @@ def test_prepared_meanwhile_or_asked_for_out_of_order_it_is_the_same_step(tmp_pa
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("feed")]
 
 
+def test_the_next_step_is_prepared_without_being_asked_for(tmp_path, model_dir):
+    feed = feed_of(make_job(tmp_path, model_dir, reference="live", steps=6))
+    take, taken, prepared = feed.rows.take, [], threading.Event()
+
+    def noted(rows):
+        taken.extend(rows)
+        if len(taken) == 16:  # two steps of 8
+            prepared.set()
+        return take(rows)
+
+    feed.rows.take = noted
+    feed.batches(0)
+    assert prepared.wait(30)
+    feed.close()
+    assert sorted(taken[8:]) == sorted(feed.plan.rows(1))
+
+
 def test_an_error_in_the_thread_reaches_the_loop(tmp_path, model_dir):
     feed = feed_of(make_job(tmp_path, model_dir, reference="live", steps=6))
     feed.batches(0)

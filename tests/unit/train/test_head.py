@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_service.train.batch import collate
 from dpo_service.train.head import Head, head_logps
@@ -53,6 +54,29 @@ def test_equals_the_whole_computation(bias, scale, softcap, chunk):
     assert torch.allclose(ours, theirs, rtol=1e-12)
     for a, b in zip(*(torch.autograd.grad(x @ weights_C, inputs) for x in (ours, theirs)), strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+class Logits(TorchDispatchMode):
+    """Notes the most rows of an array [rows, 13] that anything made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor) and out.dim() == 2 and out.shape[1] == 13:
+            self.most = max(self.most, len(out))
+        return out
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, type("More", (nn.Linear,), {})])
+def test_logits_exist_a_chunk_at_a_time(monkeypatch, kind):
+    """Of 50 tokens, forward and backward."""
+    monkeypatch.setattr("dpo_service.train.head.CHUNK_LOGITS", 5 * 13 + 1)
+    monkeypatch.setattr("dpo_service.train.head.MIN_CHUNK", 2)
+    hidden_CH = torch.randn(50, 4, requires_grad=True)
+    with Logits() as made:
+        head_logps(Head(kind(4, 13)), hidden_CH, torch.arange(50) % 13)[0].sum().backward()
+    assert made.most == 5
 
 
 @pytest.mark.parametrize("frozen", [True, False])

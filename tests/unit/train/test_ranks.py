@@ -18,7 +18,7 @@ from dpo_service.specs.adapter import LoraSpec
 from dpo_service.specs.method import RefreshSpec
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.storage.store import Store
-from dpo_service.train.ranks import Ranks
+from dpo_service.train.ranks import Ranks, _buckets
 from tests.unit.train.training_kit import Job, Recorder, make_job
 
 DDP, FSDP = (ResourceSpec(workers=2, strategy=strategy) for strategy in ("ddp", "fsdp"))
@@ -34,6 +34,7 @@ KINDS = {
     "fsdp-lora": {"resources": FSDP, "reference": "live", "lora": LORA, "micro_batch_size": 1},
     "fsdp-kto": {"resources": FSDP, "reference": "live", "loss": "kto", "micro_batch_size": 1},
     "fsdp-sft": {"resources": FSDP, "loss": "sft", "micro_batch_size": 1},
+    "fsdp-mixture": {"resources": FSDP, "micro_batch_size": 1, "router_aux_loss_coef": 0.5},
 }
 HALF = {
     "fsdp-bfloat16": {"resources": FSDP, "reference": "live", "precision": "bfloat16"},
@@ -103,12 +104,13 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory, model_dir) -> dict[str, Pair]:
+def pairs(tmp_path_factory, model_dir, mixture_dir) -> dict[str, Pair]:
     """Each kind, begun on two ranks, and (`resumed-...`) begun on one that was killed after step 2."""
     torch.set_num_threads(1)
     root, jobs, alone = tmp_path_factory.mktemp("ranks"), {}, {}
     for kind, options in (KINDS | HALF).items():
-        one, *others = (make_job(root / kind / name, model_dir, **OPTIONS | options) for name in ("one", "two", "cut"))
+        model = mixture_dir if kind.endswith("mixture") else model_dir
+        one, *others = (make_job(root / kind / name, model, **OPTIONS | options) for name in ("one", "two", "cut"))
         alone[kind] = one, Recorder()
         one.train(reports=alone[kind][1])
         jobs[kind] = others[0]
@@ -126,6 +128,7 @@ def test_two_ranks_equal_one(pairs, kind):
     assert pair.together.messages[0] == "Training on 2 workers, 48 rows, 4 steps"
     values, expected = pair.together.values, pair.alone.values
     names = {"loss", "rewards/chosen", "logps/rejected", "rewards/accuracies", "kl", "mean_token_accuracy"}
+    names |= {"router_loss"}
     for split in ("train", "eval"):
         for name in names & set(expected["train", 1]):
             noise = 1e-5 if name == "kl" else 1e-6  # a small mean of differences of large sums
@@ -149,6 +152,15 @@ def test_one_rank_goes_on_where_two_stopped(pairs, kind, tmp_path):
     job.train(reports=resumed)
     assert resumed.losses() == pytest.approx(pair.alone.losses()[2:], rel=1e-5)
     assert_close(saved(job), saved(pair.one))
+
+
+def test_buckets_hold_every_gradient_once_and_end_when_full(monkeypatch):
+    """32 MB each, which a tiny model does not fill."""
+    monkeypatch.setattr("dpo_service.train.ranks.BUCKET_BYTES", 100)
+    gradients = [torch.full((size,), float(size)) for size in (10, 20, 5, 30, 1, 1, 400, 2)]
+    buckets = _buckets(gradients)
+    assert all(a is b for a, b in zip((g for bucket in buckets for g in bucket), gradients, strict=True))
+    assert [[len(gradient) for gradient in bucket] for bucket in buckets] == [[10, 20], [5, 30], [1, 1, 400], [2]]
 
 
 def test_sharded_ranks_write_what_they_hold(pairs):

@@ -17,7 +17,7 @@ from dpo_service.train.logprobs import completion_logps, use_packing
 from dpo_service.train.router import require_router
 from tests.unit.train.families import PACKED, PADDED, family
 from tests.unit.train.test_attention import random_pairs
-from tests.unit.train.training_kit import Recorder, build_model, make_job
+from tests.unit.train.training_kit import Recorder, make_job
 
 MIXTURES = {name: PACKED[name] for name in ("mixtral", "qwen3_moe", "olmoe")}
 
@@ -90,13 +90,6 @@ def test_the_families_named_have_the_function(kind):
 
     model = AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(kind))]
     assert hasattr(sys.modules[model.__module__], "load_balancing_loss_func")
-
-
-@pytest.fixture(scope="module")
-def mixture_dir(tmp_path_factory):
-    directory = build_model(tmp_path_factory.mktemp("mixture"))
-    family("mixtral", MIXTURES["mixtral"] | {"vocab_size": 300}).save_pretrained(directory)
-    return directory
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "sft"])
