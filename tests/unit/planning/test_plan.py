@@ -9,8 +9,9 @@ from dpo_service.errors import InvalidSpec
 from dpo_service.planning.choose import Question, choose, fixes
 from dpo_service.planning.gpus import DEVICES
 from dpo_service.planning.memory import Recipe
-from dpo_service.planning.plan import device
+from dpo_service.planning.plan import _shards, device
 from dpo_service.planning.workload import Lengths, load_of, workload
+from dpo_service.specs.job import JobSpec
 from tests.unit.planning.test_memory import LLAMA_8B
 
 ROWS = Lengths.alike(2048, prompt=400, answer=300)
@@ -110,6 +111,30 @@ def test_mismatched_answers_are_computed_forward_and_not_more():
         assert choice.speed.communication / supervised.speed.communication == pytest.approx((gathers * 2 + 4) / 8)
         assert choice.speed.memory > supervised.speed.memory
     assert load_of(kto.scored, [0]).tokens == 1000
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"precision": "pure_bfloat16"},
+        {"lora": {"rank": 8}},
+        {"optimizer": "adamw_8bit"},
+        {"optimizer": "adamw_offload"},
+        {"lora": {"dora": True}},
+        {"lora": {"quantize": "nf4"}},
+        {"reference_refresh": {"every_steps": 5}},
+    ],
+)
+def test_sharding_is_proposed_where_a_job_may_ask_for_it(fields):
+    job = {"model": "m", "training_file": "f", "method": {"type": "dpo"}, **fields}
+    gpus = {"workers": 2, "gpus_per_worker": 1}
+    wanted = JobSpec.model_validate(job | {"resources": gpus})
+    if _shards(wanted):
+        JobSpec.model_validate(job | {"resources": gpus | {"strategy": "fsdp"}})
+    else:
+        with pytest.raises(ValueError, match="or use 'ddp'"):
+            JobSpec.model_validate(job | {"resources": gpus | {"strategy": "fsdp"}})
 
 
 def test_an_unknown_device_is_refused_with_those_there_are():
