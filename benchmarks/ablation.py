@@ -14,8 +14,6 @@ All variants compute one micro-batch forward and backward, with the same loss, i
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -24,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.workload import LENGTHS, Setting, make_model, make_rows
+from benchmarks.workload import Setting, make_model, make_rows, options_of, setting_of
 
 
 def variants(model: Any, examples: list[Any]) -> dict[str, Callable[[], Any]]:
@@ -88,36 +86,19 @@ def measure(setting: Setting) -> dict[str, dict[str, float]]:
             loss = -logsigmoid(0.1 * (chosen_P - rejected_P)).mean()
             loss.backward()
             entry["times"].append(time.perf_counter() - started)
-            entry["loss"] = float(loss)
+            entry["loss"] = float(loss.detach())
     for entry in found.values():
         entry["seconds"] = statistics.median(entry.pop("times"))
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", choices=LENGTHS, default="short")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--json", type=Path, default=results.DEFAULT)
-    options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    import torch
-
-    torch.set_num_threads(options.threads)
+    options = options_of(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(
-            rows=options.rows,
-            steps=options.rounds,
-            batch=options.batch,
-            precision="float32",
-            reference="cached",
-            threads=options.threads,
-            vocabulary=options.vocabulary,
-            folder=Path(folder),
-        )
+        setting = setting_of(options, options.rounds, Path(folder))
+        import torch
+
+        torch.set_num_threads(options.threads)
         make_model(setting.model_dir, setting.vocabulary)
         found = measure(setting)
     worth, before = {}, None

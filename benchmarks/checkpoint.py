@@ -11,7 +11,6 @@ machine that does other things besides.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.workload import Columns, Setting, make_model, make_rows, run_spec
+from benchmarks.workload import Columns, Setting, make_model, make_rows, options_of, run_spec, setting_of
 
 
 class Bench:
@@ -123,26 +122,11 @@ def measure(bench: Bench, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", choices=("short", "long"), default="short")
+    parser = options_of(__doc__)
     parser.add_argument("--every", type=int, default=10, help="steps from one save to the next")
-    parser.add_argument("--batch", type=int, default=8, help="pairs a step")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=results.DEFAULT)
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(
-            rows=options.rows,
-            steps=options.every,
-            batch=options.batch,
-            precision="float32",
-            reference="cached",
-            threads=options.threads,
-            vocabulary=32_000,
-            folder=Path(folder),
-        )
+        setting = setting_of(options, options.every, Path(folder))
         parameters = make_model(setting.model_dir, setting.vocabulary)
         found = measure(Bench(setting, make_rows(setting)), options.rounds)
     found |= {

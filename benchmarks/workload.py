@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks import results
 
 LENGTHS: dict[str, tuple[tuple[int, int], tuple[int, int], int | None]] = {
     "short": ((120, 800), (40, 550), None),
@@ -34,6 +38,33 @@ class Setting:
     @property
     def model_dir(self) -> Path:
         return self.folder / "model"
+
+
+def options_of(doc: str) -> argparse.ArgumentParser:
+    """The options of a benchmark whose variants take turns in one process, in float32, the reference known."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--rows", choices=LENGTHS, default="short")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8, help="pairs a step")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--json", type=Path, default=results.DEFAULT)
+    return parser
+
+
+def setting_of(options: argparse.Namespace, steps: int, folder: Path) -> Setting:
+    """What `options_of` was told; torch is to be imported after it."""
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    return Setting(
+        rows=options.rows,
+        steps=steps,
+        batch=options.batch,
+        precision="float32",
+        reference="cached",
+        threads=options.threads,
+        vocabulary=options.vocabulary,
+        folder=folder,
+    )
 
 
 def make_rows(setting: Setting) -> Columns:
