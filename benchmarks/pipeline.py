@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.sampled import private_cluster
 from benchmarks.workload import Setting, make_model, make_rows, run_spec
 
 JOB = "ftjob-bench"
@@ -45,8 +46,6 @@ def write_file(path: Path, setting: Setting) -> None:
 
 def run_job(setting: Setting, pairs: int) -> dict[str, float]:
     """Seconds by stage."""
-    import ray
-
     from dpo_service.reports import read_spool, spool_files
     from dpo_service.specs.run import AttemptSpec
     from dpo_service.storage import paths
@@ -63,18 +62,16 @@ def run_job(setting: Setting, pairs: int) -> dict[str, float]:
         }
     )
     store.write_model(paths.attempt_spec(JOB, 1), AttemptSpec(run=run, attempt=1, report_url=None, report_token="-"))
-    context = ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
-    started = time.time()
-    environment = os.environ | {"RAY_ADDRESS": context.address_info["gcs_address"], "HF_HUB_OFFLINE": "1"}
-    subprocess.run(
-        [sys.executable, "-m", "dpo_service.runner", str(store.root), JOB, "1"],
-        env=environment,
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    ended = time.time()
-    ray.shutdown()
+    with private_cluster(setting.folder) as address:
+        started = time.time()
+        subprocess.run(
+            [sys.executable, "-m", "dpo_service.runner", str(store.root), JOB, "1"],
+            env=os.environ | {"RAY_ADDRESS": address},
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        ended = time.time()
     reports = [
         report
         for path in spool_files(store.path(paths.spool_dir(JOB, 1)))

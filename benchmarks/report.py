@@ -47,6 +47,19 @@ def _besides(entry: dict[str, Any]) -> str:
         said.append(f"{shares[0]['ours']:.1%} of the time of {shares[1]} steps")
     if "of_plain" in entry:
         said.append(f"{entry['of_plain']:.0%} of the peer without seeds and log-probabilities")
+    if "sampler" in entry:
+        said.append(f"our sampler without the curator {entry['sampler']:.0%}")
+    if "longer" in entry:
+        ahead, turns = (entry["seconds"][staleness] for staleness in ("1", "0"))
+        said.append(
+            f"a step takes {ahead['step']:.2f} s; by turns sampling and judging take "
+            f"{turns['sample'] + turns['judge']:.2f} s, training {turns['train']:.2f} s, both {turns['step']:.2f} s"
+        )
+    if "reward_within" in entry:
+        said.append(f"base {entry['base_reward']:.2f}")
+        for budget, rewards in entry["reward_within"].items():
+            figures = ", ".join(f"{name} {reward:.2f}" for name, reward in rewards.items())
+            said.append(f"within {budget} nats {figures}")
     if "publish_s" in entry:
         said.append(f"{entry['parameters'] / 1e6:.1f}M parameters, {entry['publish_s']:.3f} s of it to publish")
     if "around_the_steps" in entry:

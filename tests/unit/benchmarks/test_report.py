@@ -28,6 +28,22 @@ def test_a_benchmark_is_one_row_with_its_figures():
     assert "a machine (torch 2.13.0)" in text
 
 
+def test_online_benchmarks_say_what_they_compared():
+    common = {"unit": "u", "machine": "m", "versions": {}}
+    seconds = {"0": {"step": 4.0, "train": 1.9, "sample": 1.9, "judge": 0.1}, "1": {"step": 2.1}}
+    within = {"1.0": {"dpo": 0.8, "online": 0.9}}
+    text = table(
+        {
+            "overlap": common | {"longer": 2.0, "seconds": seconds},
+            "frontier": common | {"base_reward": 0.5, "reward_within": within},
+            "sampling/demo": common | {"of_plain": 0.8, "sampler": 0.95},
+        }
+    )
+    assert "a step takes 2.10 s; by turns sampling and judging take 2.00 s, training 1.90 s, both 4.00 s" in text
+    assert "base 0.50; within 1.0 nats dpo 0.80, online 0.90" in text
+    assert "80% of the peer without seeds and log-probabilities; our sampler without the curator 95%" in text
+
+
 def test_rows_of_a_file_take_its_lengths(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"prompt": "x" * 400, "chosen": "y" * 80, "rejected": "z" * 8000}) + "\n")
