@@ -24,7 +24,7 @@ BENCH_ROWS ?=
 
 .PHONY: help
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON)  TORCH_INDEX=$(TORCH_INDEX)"
 	@echo "           make demo MODEL=DIR-OR-HUB-ID DATA=FILE [DATA_DIR=data] [PORT=8000];  make test TESTS=tests/unit"
@@ -71,7 +71,7 @@ check-torch:
 demo: install ## From nothing to a served, preference-tuned model (MODEL=, DATA= for your own)
 	@$(BIN)/dpo demo --data-dir '$(DATA_DIR)' $(if $(PORT),--port '$(PORT)') $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)')
 
-.PHONY: lint test test-long bench bench-gpu
+.PHONY: lint test test-long bench bench-frontier bench-gpu
 lint: install-dev ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -84,7 +84,7 @@ test: lint ## Everything a change must pass
 test-long: install-dev ## The tests that take minutes to hours
 	$(BIN)/pytest -m long --timeout 7200 tests
 
-# Half an hour on two idle cores. BENCH_ROWS may name a preference file of your own.
+# Three quarters of an hour on two idle cores. BENCH_ROWS may name a preference file of your own.
 bench: install-dev ## Losses, speed and memory beside TRL's DPOTrainer; writes benchmarks/results.json
 	$(BIN)/python -m benchmarks.trl_parity
 	$(BIN)/python -m benchmarks.step --rows short
@@ -101,6 +101,12 @@ bench: install-dev ## Losses, speed and memory beside TRL's DPOTrainer; writes b
 	$(BIN)/python -m benchmarks.plan_memory
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.weight_sync
+	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.report
+
+# A quarter of an hour on two idle cores.
+bench-frontier: install-dev ## Reward against KL of DPO, IPO and online DPO: docs/frontier.png
+	$(BIN)/python -m benchmarks.frontier
 	$(BIN)/python -m benchmarks.report
 
 bench-gpu: install-dev ## Speed and utilisation on a CUDA device, by attention backend and beside TRL
