@@ -70,7 +70,8 @@ def private_cluster(folder: Path) -> Iterator[str]:
     token.touch(0o600)
     token.write_text(secrets.token_hex(32))
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "HF_HUB_OFFLINE": "1"}
-    os.environ["RAY_worker_niceness"] = "0"  # actors yield to nobody: a trainer in this process is no Ray worker
+    # Actors yield to nobody: a trainer in this process is no Ray worker.
+    os.environ |= {"RAY_worker_niceness": "0"}
     import ray
 
     context = ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)

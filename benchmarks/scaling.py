@@ -82,6 +82,21 @@ def _join(store: Path, rank: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 
 
+def measure(setting: Setting) -> dict[str, Any]:
+    workers = {"one": one_worker, "two": two_workers}
+    seconds, ends = by_turns(workers, (setting, make_rows(setting)), steps=setting.steps, threads=1)
+    one, two = (statistics.median(values[1:]) for values in seconds.values())
+    apart = max(abs(a - b) for a, b in zip(ends["one"]["losses"], ends["two"]["losses"], strict=True))
+    return {
+        "unit": "seconds a step",
+        "ours": two,
+        "peer": one,
+        "ratio": one / two,
+        "largest_loss_difference": apart,
+        "steps": seconds,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", choices=LENGTHS, default="short")
@@ -95,14 +110,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(**options, precision="float32", reference="cached", threads=1, folder=Path(folder))
         make_model(setting.model_dir, setting.vocabulary)
-        workers = {"one": one_worker, "two": two_workers}
-        seconds, ends = by_turns(workers, (setting, make_rows(setting)), steps=setting.steps, threads=1)
-    one, two = (statistics.median(values[1:]) for values in seconds.values())
-    apart = max(abs(a - b) for a, b in zip(ends["one"]["losses"], ends["two"]["losses"], strict=True))
+        found = measure(setting)
+    one, two = found["peer"], found["ours"]
     print(f"one worker {one:.2f} s a step, two {two:.2f} s: {one / two:.2f} times as fast, of 2")
-    print(f"losses differ by {apart:.1e} at most")
-    entry = {"unit": "seconds a step", "ours": two, "peer": one, "ratio": one / two, "largest_loss_difference": apart}
-    results.record(path, f"scaling/{setting.rows}", entry | {"steps": seconds})
+    print(f"losses differ by {found['largest_loss_difference']:.1e} at most")
+    results.record(path, f"scaling/{setting.rows}", found)
 
 
 if __name__ == "__main__":
