@@ -1,8 +1,11 @@
-"""The devices that a plan can be made for, as their makers describe them.
+"""The devices that a plan can be made for. Nothing here was measured by us, but for the CPU's rate.
 
-Rates are dense (without sparsity), with float32 sums. `efficiency` is the share of that rate that a training step of a
-large model reaches: an assumption, in the middle of what published runs report (Llama 3, arXiv 2407.21783, section 3.3:
-38 to 43% on H100; BLOOM, arXiv 2211.05100: 50% on A100), and the number to change first where you have measured.
+data sheet    rates of arithmetic (dense, without sparsity, float32 sums), of memory, and of NVLink or PCIe, each way
+assumption    GiB: a little less than the data sheet's, as drivers keep some for themselves
+              network: 400 Gb/s a device (A100: 200), or 100 Gb/s a node where devices have no NVLink
+              efficiency: the share of the rate that a training step of a large model reaches. On H100 what Llama 3
+              reports (arXiv 2407.21783, table 4: 38 to 43%), on A100 what BLOOM does (arXiv 2211.05100: 50%); on the
+              others a guess beside these, and the number to change first where you have measured
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ GIB, TERA, GIGA = 2**30, 1e12, 1e9
 HEADROOM = 0.94
 """Share of a device's memory that a plan may fill: allocators leave holes."""
 LINK_EFFICIENCY = 0.8
-"""Share of a link's rate that collective operations reach."""
+"""Share of a link's rate that collective operations reach: an assumption."""
+A_NODE = 8
+"""Devices of a node."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,6 @@ class Device:
     network: float
     """Its share of the node's network, bytes a second."""
     efficiency: float
-    source: str
-    a_node: int = 8
 
     @property
     def usable(self) -> float:
@@ -48,29 +51,27 @@ class Device:
 
     def wire(self, workers: int) -> float:
         """Bytes a second between `workers` of them, each way, the slowest link of the ring."""
-        return LINK_EFFICIENCY * (self.link if workers <= self.a_node else min(self.link, self.network))
+        return LINK_EFFICIENCY * (self.link if workers <= A_NODE else min(self.link, self.network))
 
 
-DEVICES: dict[str, Device] = {
-    device.name: device
-    for device in (
-        Device("A100-40", 39.4 * GIB, 312 * TERA, 19.5 * TERA, 1555 * GIGA, 300 * GIGA, 25 * GIGA, 0.50,
-               "NVIDIA A100 data sheet"),
-        Device("A100-80", 79.2 * GIB, 312 * TERA, 19.5 * TERA, 2039 * GIGA, 300 * GIGA, 25 * GIGA, 0.50,
-               "NVIDIA A100 data sheet"),
-        Device("H100-80", 79.1 * GIB, 989 * TERA, 67 * TERA, 3350 * GIGA, 450 * GIGA, 50 * GIGA, 0.40,
-               "NVIDIA H100 data sheet, SXM"),
-        Device("H200-141", 139.8 * GIB, 989 * TERA, 67 * TERA, 4800 * GIGA, 450 * GIGA, 50 * GIGA, 0.42,
-               "NVIDIA H200 data sheet, SXM"),
-        Device("B200", 178.0 * GIB, 2250 * TERA, 75 * TERA, 8000 * GIGA, 900 * GIGA, 50 * GIGA, 0.38,
-               "NVIDIA DGX B200 data sheet, an eighth of it"),
-        Device("L4", 22.0 * GIB, 121 * TERA, 30.3 * TERA, 300 * GIGA, 32 * GIGA, 1.6 * GIGA, 0.40,
-               "NVIDIA L4 data sheet; PCIe 4, 100 Gb/s a node"),
-        Device("A10G", 22.0 * GIB, 70 * TERA, 35 * TERA, 600 * GIGA, 32 * GIGA, 1.6 * GIGA, 0.45,
-               "NVIDIA A10G data sheet; PCIe 4, 100 Gb/s a node"),
-        Device("RTX-4090", 23.5 * GIB, 165 * TERA, 82.6 * TERA, 1008 * GIGA, 32 * GIGA, 1.6 * GIGA, 0.50,
-               "NVIDIA Ada architecture paper; PCIe 4, 100 Gb/s a node"),
-        Device("cpu", 0.0, 80 * GIGA, 80 * GIGA, 10 * GIGA, 2 * GIGA, 1 * GIGA, 1.0,
-               "one core, as benchmarks/results.json measured it in a training step"),
-    )
-}  # fmt: skip
+_TABLE = (
+    # name, GiB, TFLOP/s in bfloat16 and float32, GB/s of memory, link and network, efficiency
+    ("A100-40", 39.4, 312, 19.5, 1555, 300, 25, 0.50),  # NVIDIA A100 Tensor Core GPU data sheet, SXM
+    ("A100-80", 79.2, 312, 19.5, 2039, 300, 25, 0.50),  # the same
+    ("H100-80", 79.1, 989, 67.0, 3350, 450, 50, 0.40),  # NVIDIA H100 Tensor Core GPU data sheet, SXM
+    ("H200-141", 139.8, 989, 67.0, 4800, 450, 50, 0.42),  # NVIDIA H200 Tensor Core GPU data sheet, SXM
+    ("B200", 178.0, 2250, 75.0, 8000, 900, 50, 0.38),  # NVIDIA HGX B200 data sheet, an eighth of it
+    ("L4", 22.0, 121, 30.3, 300, 32, 1.6, 0.40),  # NVIDIA L4 Tensor Core GPU data sheet, PCIe 4
+    ("A10G", 22.0, 70, 35.0, 600, 32, 1.6, 0.45),  # no data sheet that we know: AWS's G5 instances, PCIe 4
+    ("RTX-4090", 23.5, 165, 82.6, 1008, 32, 1.6, 0.50),  # NVIDIA Ada GPU architecture paper, PCIe 4
+    ("cpu", 0.0, 0.08, 0.08, 10, 2, 1, 1.0),  # one core in a training step, as benchmarks/results.json has it; no links
+)
+
+
+def _device(name: str, gib: float, bfloat16: float, float32: float, *rest: float) -> Device:
+    bandwidth, link, network, efficiency = rest
+    rates = bfloat16 * TERA, float32 * TERA, bandwidth * GIGA, link * GIGA, network * GIGA
+    return Device(name, gib * GIB, *rates, efficiency)
+
+
+DEVICES: dict[str, Device] = {row[0]: _device(*row) for row in _TABLE}
