@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import count
+import hashlib
 
 from dpo_service.errors import InvalidData, JudgeError
 from dpo_service.online.judges.chat import ChatRequest, Complete, Completion
@@ -17,23 +17,27 @@ DEFAULT_TEMPERATURE = 1.0
 
 
 def ask_policy(sampler: Sampler, tokenizer: Tokenizer, seed: int) -> Complete:
-    """Replies sampled from the policy as it is now.
+    """Replies sampled from the policy as it is now. Their seeds are functions of `seed`, the messages and which sample
+    it is, so that a run that is resumed hears what the unbroken one would have.
 
     Asked of a model without a chat template, it raises JudgeError.
     """
-    asked = count()
 
     async def complete(request: ChatRequest) -> Completion:
         messages = [{"role": said.role, "content": said.content} for said in request.messages]
         ids = tokenizer.encode(_rendered(tokenizer, messages), add_special_tokens=False)
         temperature = DEFAULT_TEMPERATURE if request.temperature is None else request.temperature
         options = SamplingSpec(n=1, temperature=max(temperature, LEAST_TEMPERATURE), max_tokens=request.max_tokens)
-        prompt = SamplePrompt(tuple(ids), seed_of(seed, next(asked), 1))
+        prompt = SamplePrompt(tuple(ids), seed_of(seed, _number(ids), 1 + request.sample))
         ((reply,),) = await sampler.sample([prompt], options)
         usage = Usage(1, len(ids), len(reply.token_ids))
         return Completion(tokenizer.decode(reply.token_ids, special_tokens=False), usage)
 
     return complete
+
+
+def _number(ids: list[int]) -> int:
+    return int.from_bytes(hashlib.sha256(repr(ids).encode()).digest()[:6])
 
 
 def _rendered(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:

@@ -74,13 +74,14 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 async def sampled_scores(
     judge: str,
     request: JudgeRequest,
-    score: Callable[[JudgeRequest, Answer], Coroutine[Any, Any, Asked[float]]],
+    score: Callable[[JudgeRequest, Answer, int], Coroutine[Any, Any, Asked[float]]],
     samples: int,
     middle: Callable[[Sequence[float]], float],
 ) -> Verdict:
-    """Each answer's score: the `middle` of so many samples, where over half of them could be had."""
+    """Each answer's score: the `middle` of so many samples, where over half of them could be had. `score` is told which
+    sample it is asked for."""
     started = time.monotonic()
-    asked = await together(score(request, answer) for answer in request.answers for _ in range(samples))
+    asked = await together(score(request, answer, one) for answer in request.answers for one in range(samples))
     found = [most_answered(asked[i : i + samples]) for i in range(0, len(asked), samples)]
     return Verdict(
         judge=judge,

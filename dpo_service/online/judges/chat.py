@@ -23,6 +23,8 @@ class ChatRequest:
     max_tokens: int = 1024
     json_schema: Mapping[str, Any] | None = None
     """What the reply must be, where the model can be held to it."""
+    sample: int = 0
+    """Which one of several replies to the same messages; for whoever samples by a seed."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class ScoringJudge:
             return await self._ranks(request)
         return await sampled_scores(self.name, request, self._score, self._spec.samples, statistics.median)
 
-    async def _score(self, request: JudgeRequest, answer: Answer) -> Asked[float]:
+    async def _score(self, request: JudgeRequest, answer: Answer, _sample: int) -> Asked[float]:
         messages = prompts.scoring(request, self._rubric, answer, self._spec.show_reference)
         question = self._question(messages, {"score": {"type": "integer", "enum": list(range(LEAST, MOST + 1))}})
         return await ask(self._complete, question, read_score, prompts.REPAIR_JSON)

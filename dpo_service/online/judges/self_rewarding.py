@@ -29,8 +29,9 @@ class SelfRewardingJudge:
     async def judge(self, request: JudgeRequest) -> Verdict:
         return await sampled_scores(self.name, request, self._score, self._spec.samples, statistics.fmean)
 
-    async def _score(self, request: JudgeRequest, answer: Answer) -> Asked[float]:
-        question = ChatRequest(prompts.additive(request, answer), self._spec.temperature, self._spec.max_tokens)
+    async def _score(self, request: JudgeRequest, answer: Answer, sample: int) -> Asked[float]:
+        messages = prompts.additive(request, answer)
+        question = ChatRequest(messages, self._spec.temperature, self._spec.max_tokens, sample=sample)
         read = functools.partial(written_score, least=LEAST, most=MOST)
         return await ask(self._policy, question, read, prompts.REPAIR_SCORE)
 

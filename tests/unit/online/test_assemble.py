@@ -104,6 +104,21 @@ async def test_a_policy_that_judges_itself_is_asked_in_its_own_template(model_di
     assert first.usage == Usage(1, len(tokenizer.encode(rendered, add_special_tokens=False)), 3)
 
 
+async def test_what_the_policy_says_of_an_answer_depends_on_no_other_question(model_dir):
+    """Asked in another order, as by a run that was resumed, it says the same; asked again, something else."""
+    sampler, tokenizer = Finishing(SamplerSpec(), model_dir, 0), Tokenizer.load(model_dir)
+    questions = [
+        ChatRequest((Said("user", text),), temperature=1.0, max_tokens=8, sample=one)
+        for text in ("how good is it?", "and this?")
+        for one in range(2)
+    ]
+    unbroken = ask_policy(sampler, tokenizer, seed=1)
+    said = [(await unbroken(question)).text for question in questions]
+    resumed = ask_policy(sampler, tokenizer, seed=1)
+    assert [(await resumed(question)).text for question in reversed(questions)] == said[::-1]
+    assert len(set(said)) == len(questions)
+
+
 async def test_a_model_without_a_template_cannot_judge_itself(tmp_path):
     model_dir = save_tiny_llama(tmp_path, chat_template=None)
     ask = ask_policy(Finishing(SamplerSpec(), model_dir, 0), Tokenizer.load(model_dir), seed=1)
