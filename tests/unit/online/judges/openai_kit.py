@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -91,3 +92,18 @@ async def serving(answer: Callable[[dict[str, Any]], Reply] = prefers_good) -> A
         finally:
             running.should_exit = True
             await task
+
+
+@contextlib.contextmanager
+def serving_on_a_thread(answer: Callable[[dict[str, Any]], Reply] = prefers_good) -> Iterator[Server]:
+    """For tests that block."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    served = serving(answer)
+    try:
+        yield asyncio.run_coroutine_threadsafe(served.__aenter__(), loop).result(10)
+    finally:
+        asyncio.run_coroutine_threadsafe(served.__aexit__(None, None, None), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
