@@ -118,9 +118,7 @@ class Reviewer(FakeSampler):
 
 
 def test_frontier(tmp_path, capsys):
-    plan = frontier.Plan(
-        supervised_rows=4, steps=1, every=1, batch=2, held_out=3, answers=1, base_answers=4, betas=(0.1,)
-    )
+    plan = frontier.Plan(supervised_rows=4, steps=1, every=1, batch=2, held_out=3, answers=1, betas=(0.1,))
     bench = frontier.Bench(tmp_path, plan)
     bench.make_base()
     found = frontier.measure(bench, Kept(Reviewer(bench.model_dir), 0))
@@ -131,18 +129,20 @@ def test_frontier(tmp_path, capsys):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_best_policy_tilts_the_bases_answers():
-    """Of two answers that are equally likely, the best policy's chance of the good one is a logistic function."""
-    [(kl, reward)] = frontier.best([[0.0, 1.0], [1.0, 0.0]], [1.5])
-    good = 1 / (1 + math.exp(-1.5))
-    assert reward == pytest.approx(good)
-    assert kl == pytest.approx(math.log(2) + good * math.log(good) + (1 - good) * math.log(1 - good))
+def test_no_policy_is_better_than_the_best():
+    """It has the least KL of all with its reward, so along the line KL grows by tilt * WORDS for a unit of reward."""
+    kls, rewards = zip(*(reviews.best(tilt) for tilt in (0.0, 1.0, 1.001, 50.0)), strict=True)
+    assert (kls[0], rewards[0]) == (0.0, 0.5)
+    assert (kls[2] - kls[1]) / (rewards[2] - rewards[1]) == pytest.approx(1.0 * reviews.WORDS, rel=1e-3)
+    assert rewards[3] == pytest.approx(1.0, abs=1e-4)
+    assert kls[3] == pytest.approx(reviews.WORDS * math.log(len(reviews.GRADES)), rel=1e-3)
 
 
-async def test_the_reward_is_the_share_of_praise():
-    said = ["solid, " * 3 + "dull, " * 4 + "neat", "solid", "", "dull, solidly"]
+async def test_the_reward_is_the_mean_grade():
+    said = ["superb, " * 7 + "vile", "plain, dull, broken, vile", "solid", "", "dull, superbly"]
     request = JudgeRequest("a prompt", tuple(Answer(text) for text in said))
-    assert (await RulesJudge(reviews.judge()).judge(request)).scores == (0.5, 0.125, 0.0, 0.0)
+    scores = (await RulesJudge(reviews.judge()).judge(request)).scores
+    assert scores == pytest.approx((7 / 8, 0.75 / 8, 0.75 / 8, 0.0, 0.25 / 8))
 
 
 def test_points_beyond_a_budget_do_not_count():
