@@ -116,7 +116,7 @@ async def admit(
     _require_capacity(spec, await _capacity(cluster))
     reward_model = None
     if isinstance(spec.judge, RewardModelJudgeSpec):
-        reward_model = await resolve_reward_model(spec.judge.model, database=database, store=store, settings=settings)
+        reward_model = await resolve_reward_model(spec.judge, database=database, store=store, settings=settings)
     found = await asyncio.to_thread(
         consider, spec, model, named, lambda file: store.path(file.key), reward_model=reward_model
     )

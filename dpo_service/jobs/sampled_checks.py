@@ -7,7 +7,7 @@ from dpo_service.errors import InvalidSpec
 from dpo_service.jobs import choices, sampled_choices
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.specs.job import JobSpec
-from dpo_service.specs.judge import RulesJudgeSpec
+from dpo_service.specs.judge import RewardModelJudgeSpec, RulesJudgeSpec
 from dpo_service.specs.verifiers import Arithmetic, ExactMatch, WordsInForm
 
 
@@ -36,15 +36,23 @@ def require_references(spec: JobSpec, report: DatasetReport) -> None:
 
 
 def require_room(spec: JobSpec, capacity: Capacity) -> None:
-    """Raises InvalidSpec unless workers and samplers, which run at the same time, find room in the cluster."""
+    """Raises InvalidSpec unless workers, samplers and the judge's own process, which run at the same time, find room in
+    the cluster."""
     wanted, samplers = spec.resources, sampled_choices.samplers(spec, spec.max_length or choices.DEFAULT_MAX_LENGTH)
+    judge = spec.judge if isinstance(spec.judge, RewardModelJudgeSpec) and spec.judge.engine == "vllm" else None
     shared = samplers.samplers if samplers.shares_device else 0
     gpus = wanted.workers * wanted.gpus_per_worker + samplers.samplers * samplers.gpus - shared
     cpus = wanted.workers * wanted.cpus_per_worker + samplers.samplers * samplers.cpus
+    gpus, cpus = gpus + (judge.gpus if judge else 0), cpus + (judge.cpus if judge else 0)
+    beside = " beside the judge's process" if judge else ""
     for kind, needed, there in (("GPU", gpus, capacity.gpus), ("CPU", cpus, capacity.cpus)):
         if needed > there:
             raise InvalidSpec(
-                f"{wanted.workers} workers and {samplers.samplers} samplers need {needed} {kind}s together; the "
-                f"cluster has {there:.0f}; use fewer of them, or set sampling.{kind.lower()}s_per_sampler lower",
+                f"{wanted.workers} workers and {samplers.samplers} samplers{beside} need {needed} {kind}s together; "
+                f"the cluster has {there:.0f}; use fewer of them, or set {_lower(kind, judge)} lower",
                 param="sampling.samplers",
             )
+
+
+def _lower(kind: str, judge: RewardModelJudgeSpec | None) -> str:
+    return f"sampling.{kind.lower()}s_per_sampler" + (f" or judge.{kind.lower()}s" if judge else "")

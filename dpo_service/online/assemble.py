@@ -56,8 +56,16 @@ async def start_samplers(online: OnlineSpec, model_dir: Path, placement: Any) ->
     return await start_pool(online.samplers, model_dir, 0, n=online.sampling.n, placement=placement, bundles=places)
 
 
-def build_curator(run: RunSpec, dataset: DatasetManifest, store: Store, model_dir: Path, sampler: Sampler) -> Curator:
-    """The curator of `run`, whose sampler it closes in the end.
+def build_curator(
+    run: RunSpec,
+    dataset: DatasetManifest,
+    store: Store,
+    model_dir: Path,
+    sampler: Sampler,
+    placement: Any = None,
+) -> Curator:
+    """The curator of `run`, whose sampler it closes in the end. A judge's process is in `placement`, after the
+    samplers; None = Ray chooses.
 
     Raises:
         InvalidSpec: the judge needs what is not there.
@@ -70,7 +78,7 @@ def build_curator(run: RunSpec, dataset: DatasetManifest, store: Store, model_di
         plan_of(run, online, dataset.total_steps),
         _prompts(run, dataset, store),
         sampler,
-        _source(run, online, store, sampler, tokenizer),
+        _source(run, online, store, sampler, tokenizer, placement),
         online.sampling,
         partial(tokenizer.decode, special_tokens=False),
         SampleFiles(store, run.job_id),
@@ -106,14 +114,16 @@ def _mixed(run: RunSpec, online: OnlineSpec, dataset: DatasetManifest, store: St
     return Mixed(rows, order, online.mixed_pairs)
 
 
-def _source(run: RunSpec, online: OnlineSpec, store: Store, sampler: Sampler, tokenizer: Tokenizer) -> Source:
+def _source(
+    run: RunSpec, online: OnlineSpec, store: Store, sampler: Sampler, tokenizer: Tokenizer, placement: Any
+) -> Source:
     if online.judge is None:
         return SelfPlay()
     around = Surroundings(
         cache_file=store.path(f"{paths.job_dir(run.job_id)}/verdicts.sqlite"),
         spent_file=SpentFile(store, paths.judge_spent(run.job_id)),
         policy=ask_policy(sampler, tokenizer, run.seed),
-        reward_model=_reward_model(online, store),
+        reward_model=_reward_model(online, store, placement),
     )
     judge = build_judge(online.judge, around).judge
     if online.source == "rso":
@@ -124,8 +134,9 @@ def _source(run: RunSpec, online: OnlineSpec, store: Store, sampler: Sampler, to
     return Judged(judge, online.pairing)
 
 
-def _reward_model(online: OnlineSpec, store: Store) -> RewardModelFiles | None:
+def _reward_model(online: OnlineSpec, store: Store, placement: Any) -> RewardModelFiles | None:
     if online.reward_model is None:
         return None
     directory = locate_model(store, online.reward_model)
-    return RewardModelFiles(directory, digest_of(directory))
+    bundle = online.samplers.samplers if placement is not None else -1
+    return RewardModelFiles(directory, digest_of(directory), placement=placement, bundle=bundle)

@@ -1,6 +1,7 @@
 """Online training on Ray: what the runner calls where a run samples its pairs.
 
     fit (driver) ── placement group ──> sampler actors (vLLM)      owned by the curator's actor: they end with it
+         │                     ──> a reward model's actor (vLLM)    the same, where the job's judge is one
          ├── CuratorActor ── asks ──────────┘
          └── train.ray_worker.fit ── workers ── OnlineFeed ── RayCurator ──> CuratorActor
 
@@ -26,6 +27,7 @@ from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.online.actors import bundles
 from dpo_service.online.assemble import build_curator, build_feed, start_samplers
 from dpo_service.online.feed import OnlineFeed
+from dpo_service.online.judges.reward_actor import bundles as reward_bundles
 from dpo_service.online.port import Weights
 from dpo_service.online.steps import StepPairs
 from dpo_service.online.weights import remove_orphans
@@ -56,7 +58,8 @@ def fit(
     run = attempt.run
     assert run.online is not None, "the runner asks only for runs that sample"
     ray_worker.start_ray()
-    placement = placement_group(bundles(run.online.samplers), strategy="PACK")
+    wanted = [*bundles(run.online.samplers), *reward_bundles(run.online.judge)]
+    placement = placement_group(wanted, strategy="PACK")
     curator = None
     try:
         _wait_for_room(placement, store.path(paths.stop_flag(run.job_id, attempt.attempt)))
@@ -131,7 +134,7 @@ class CuratorActor:
         model_dir = Path(config.model_dir)
         sampler = await start_samplers(run.online, model_dir, self._placement)
         try:
-            return build_curator(run, config.dataset, store, model_dir, sampler)
+            return build_curator(run, config.dataset, store, model_dir, sampler, self._placement)
         except BaseException:
             await sampler.close()
             raise

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_service.errors import ModelNotFound
+from dpo_service.errors import InvalidSpec, ModelNotFound
+from dpo_service.specs.judge import VLLM_CPU_HEADS, VLLM_REWARD_MODELS, RewardModelJudgeSpec
 
 REWARD_SUFFIX = "ForSequenceClassification"
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
@@ -74,8 +75,13 @@ def inspect(directory: Path, name: str, *, weights_here: bool = True) -> Directo
     )
 
 
-def require_reward_model(directory: Path, name: str) -> None:
-    """Raises ModelNotFound unless it is a directory of a sequence-classification model with one output."""
+def require_reward_model(directory: Path, judge: RewardModelJudgeSpec) -> None:
+    """
+    Raises:
+        ModelNotFound: it is no directory of a sequence-classification model with one output.
+        InvalidSpec: the judge's engine does not compute it.
+    """
+    name = judge.model
     config = _config(directory, name)
     architectures = [str(a) for a in config.get("architectures") or ()]
     if not any(architecture.endswith(REWARD_SUFFIX) for architecture in architectures):
@@ -85,6 +91,25 @@ def require_reward_model(directory: Path, name: str) -> None:
     outputs = len(config.get("id2label") or ()) or config.get("num_labels") or 2
     if outputs != 1:
         raise _refused(name, f"it has {outputs} outputs; a reward model has one")
+    if judge.engine == "vllm":
+        _require_vllm(config, architectures, judge)
+
+
+def _require_vllm(config: dict[str, Any], architectures: list[str], judge: RewardModelJudgeSpec) -> None:
+    if not set(architectures) & set(VLLM_REWARD_MODELS):
+        raise InvalidSpec(
+            f"judge.engine vllm computes {', '.join(VLLM_REWARD_MODELS)}, and {judge.model!r} is "
+            f"{', '.join(architectures)}; set judge.engine to transformers",
+            param="judge.engine",
+        )
+    text = config.get("text_config") or config
+    head = text.get("head_dim") or text.get("hidden_size", 0) // (text.get("num_attention_heads") or 1)
+    if not judge.gpus and head not in VLLM_CPU_HEADS:
+        raise InvalidSpec(
+            f"on a CPU vLLM computes attention heads of {', '.join(map(str, VLLM_CPU_HEADS))}, and those of "
+            f"{judge.model!r} are of {head}; set judge.engine to transformers, or judge.gpus to 1",
+            param="judge.engine",
+        )
 
 
 def _config(directory: Path, name: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from dpo_service.registry import hub
 from dpo_service.registry.directories import inspect, require_reward_model
 from dpo_service.registry.tables import PublishedModel
 from dpo_service.settings import Settings
+from dpo_service.specs.judge import RewardModelJudgeSpec
 from dpo_service.specs.run import ModelSource
 from dpo_service.storage import paths
 from dpo_service.storage.store import Store
@@ -69,15 +70,18 @@ async def resolve(name: str, *, database: Database, store: Store, settings: Sett
     return await facts_of(found.source, found.directory, digest=found.digest, weights_here=found.weights_here)
 
 
-async def resolve_reward_model(name: str, *, database: Database, store: Store, settings: Settings) -> ModelSource:
-    """Where the reward model `name` lies.
+async def resolve_reward_model(
+    judge: RewardModelJudgeSpec, *, database: Database, store: Store, settings: Settings
+) -> ModelSource:
+    """Where the judge's model lies.
 
     Raises:
         ModelNotFound: nowhere, or it is no sequence-classification model with one output.
+        InvalidSpec: the judge's engine does not compute it.
     """
     try:
-        found = await _find(name, database, store, settings)
-        await asyncio.to_thread(require_reward_model, found.directory, name)
+        found = await _find(judge.model, database, store, settings)
+        await asyncio.to_thread(require_reward_model, found.directory, judge)
     except ModelNotFound as error:
         error.param = "judge.model"
         raise

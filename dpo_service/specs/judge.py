@@ -10,6 +10,13 @@ from pydantic import Field, field_validator, model_validator
 from dpo_service.specs.base import Spec
 from dpo_service.specs.verifiers import Registered, RuleSpec, installed_verifiers
 
+VLLM_REWARD_MODELS = tuple(
+    f"{family}ForSequenceClassification" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2")
+)
+"""Those that vLLM scores as transformers does; a test holds it to each."""
+VLLM_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Sizes of an attention head that vLLM computes on a CPU."""
+
 Samples = Annotated[int, Field(ge=1, le=64)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 
@@ -140,6 +147,13 @@ class RewardModelJudgeSpec(Spec):
 
     kind: Literal["reward_model"] = "reward_model"
     model: Annotated[str, Field(min_length=1, max_length=300)]
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What computes it: transformers, on a CPU in the process that asks; or vLLM in a process of its own, for the
+    architectures of `VLLM_REWARD_MODELS`. The scores are the same."""
+    cpus: Annotated[int, Field(ge=1, le=256)] = 1
+    """Of vLLM's process: what it books, and its threads where it computes on the CPU."""
+    gpus: Annotated[int, Field(ge=0, le=8)] = 0
+    """Of vLLM's process; 0 computes on the CPU."""
     batch_tokens: Annotated[int, Field(ge=1)] = 16384
     """At most so many tokens a forward pass, padding included; a longer answer goes alone."""
     max_length: Annotated[int, Field(ge=1)] = 4096
@@ -147,6 +161,12 @@ class RewardModelJudgeSpec(Spec):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the weights; scores are float32."""
     cache: bool = True
+
+    @model_validator(mode="after")
+    def _process_is_vllms(self) -> Self:
+        if self.engine == "transformers" and (self.gpus or self.cpus > 1):
+            raise ValueError("cpus and gpus are those of vLLM's process; set engine to vllm, or remove them")
+        return self
 
 
 JudgeSpec: TypeAlias = Annotated[

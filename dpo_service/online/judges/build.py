@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dpo_service.errors import InvalidSpec
 from dpo_service.online.judges.cache import Cached, VerdictFile
@@ -21,6 +22,7 @@ from dpo_service.online.judges.metrics import Counted
 from dpo_service.online.judges.pairwise import PairwiseJudge
 from dpo_service.online.judges.port import Judge, JudgeRequest, Verdict
 from dpo_service.online.judges.resilience import protected
+from dpo_service.online.judges.reward_model import RewardModelJudge, Scorer
 from dpo_service.online.judges.rules import RulesJudge
 from dpo_service.online.judges.scoring import ScoringJudge
 from dpo_service.online.judges.self_rewarding import SelfRewardingJudge
@@ -42,6 +44,10 @@ class RewardModelFiles:
     directory: Path
     digest: str
     device: str = "cpu"
+    placement: Any = None
+    """The placement group of the job's actors; None = Ray chooses where a process of its own is."""
+    bundle: int = -1
+    """Its place there."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +108,21 @@ def _self_rewarding(spec: SelfRewardingJudgeSpec, around: Surroundings) -> SelfR
 
 
 def _reward_model(spec: RewardModelJudgeSpec, around: Surroundings) -> Judge:
-    from dpo_service.online.judges.reward_model import RewardModelJudge
-
     files = around.reward_model
     if files is None:
         raise InvalidSpec(f"the reward model {spec.model!r} was not found", param="judge.model")
-    return RewardModelJudge(spec, files.directory, files.digest, files.device)
+    return RewardModelJudge(spec, files.directory, files.digest, _scorer(spec, files))
+
+
+def _scorer(spec: RewardModelJudgeSpec, files: RewardModelFiles) -> Scorer:
+    """Each imports what the other does not need."""
+    if spec.engine == "vllm":
+        from dpo_service.online.judges.reward_actor import start_scorer
+
+        return start_scorer(spec, files.directory, files.placement, files.bundle)
+    from dpo_service.online.judges.reward_inprocess import InProcess, RewardModel
+
+    return InProcess(RewardModel(files.directory, spec, files.device))
 
 
 class Closing:

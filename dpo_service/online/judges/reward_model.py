@@ -1,23 +1,20 @@
-"""The judge that is a reward model: a sequence-classification checkpoint with one output, in this process.
+"""The judge that is a reward model: a sequence-classification checkpoint with one output.
 
-    judge(request) ... judge(request) ──> waiting ──> one thread ──> batches of about the same length ──> scores
-
-Requests that wait while the model computes are computed together next. Shapes: B sequences, L tokens.
+judge(request) ── the model's own template and tokens ──> Scorer ──> a score an answer
+                                                            reward_inprocess   transformers, in this process
+                                                            reward_actor       vLLM, in a process of its own
 """
 
 from __future__ import annotations
 
-import asyncio
-import itertools
+import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-
-from dpo_service.errors import InvalidData, InvalidSpec, JudgeError
+from dpo_service.errors import InvalidData, JudgeCallFailed
 from dpo_service.online.judges.digests import digest_of
 from dpo_service.online.judges.port import Answer, JudgeRequest, Verdict
 from dpo_service.rows.template import Tokenizer
@@ -26,144 +23,51 @@ from dpo_service.specs.judge import RewardModelJudgeSpec
 TOO_LONG = "too_long"
 NOT_FINITE = "not_finite"
 NO_TEMPLATE = "template_refused"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Ids = list[int]
 
 
-class RewardModel:
-    """Scores of token sequences."""
+class Scorer(Protocol):
+    """What computes the scores of token sequences. Safe to ask from many tasks of one event loop at once."""
 
-    def __init__(self, directory: Path, spec: RewardModelJudgeSpec, device: torch.device | str = "cpu") -> None:
-        """
+    async def scores(self, sequences: Sequence[Ids]) -> list[float]:
+        """One score a sequence; NaN or infinite where the model says so.
+
         Raises:
-            InvalidSpec: no sequence-classification checkpoint, or one with more than one output.
+            JudgeCallFailed: these could not be scored, as its engine was lost.
+            JudgeError: nothing can be scored.
         """
-        self.tokenizer = Tokenizer.load(directory)
-        self._model = _load(directory, spec).to(device)
-        self._device = device
-        self._batch_tokens = spec.batch_tokens
-        self._vocabulary = self._model.get_input_embeddings().num_embeddings
-        config = self._model.config.get_text_config()
-        self.longest = min(spec.max_length, getattr(config, "max_position_embeddings", None) or spec.max_length)
+        ...
 
-    def scores(self, sequences: Sequence[Ids]) -> list[float]:
-        """One score a sequence, float32; NaN or infinite where the model says so. Pads right, by length."""
-        scores = [math.nan] * len(sequences)
-        for places in by_length([len(ids) for ids in sequences], self._batch_tokens):
-            found = self._batch([sequences[place] for place in places])
-            for place, score in zip(places, found, strict=True):
-                scores[place] = score
-        return scores
-
-    def _batch(self, sequences: Sequence[Ids]) -> list[float]:
-        pad = padding_id(sequences, self._model.config.get_text_config().pad_token_id, self._vocabulary)
-        if pad is None:
-            half = len(sequences) // 2
-            return self._batch(sequences[:half]) + self._batch(sequences[half:])
-        return self._forward(sequences, pad)
-
-    @torch.inference_mode()
-    def _forward(self, sequences: Sequence[Ids], pad: int) -> list[float]:
-        length = max(len(ids) for ids in sequences)
-        ids_BL = torch.tensor([ids + [pad] * (length - len(ids)) for ids in sequences], device=self._device)
-        mask_BL = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in sequences], device=self._device)
-        config = self._model.config.get_text_config()
-        own = config.pad_token_id
-        # transformers takes for a row's last token the last that is not this id: one that ends an answer misleads it.
-        config.pad_token_id = pad
-        try:
-            logits_B1 = self._model(input_ids=ids_BL, attention_mask=mask_BL).logits
-        finally:
-            config.pad_token_id = own
-        scores: list[float] = logits_B1[:, 0].float().tolist()
-        return scores
-
-
-def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Places of sequences, the longest first, in batches of at most `batch_tokens` with padding (or one sequence)."""
-    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
-    while order:
-        take = max(1, batch_tokens // max(lengths[order[0]], 1))
-        yield order[:take]
-        order = order[take:]
-
-
-def padding_id(sequences: Sequence[Ids], own: int | None, vocabulary: int) -> int | None:
-    """An id to pad with that is no token of these sequences: the model's own, else the least. None = all are used.
-
-    Sequences of one length need none: -1, which is no id.
-    """
-    if len({len(ids) for ids in sequences}) == 1:
-        return -1
-    used = set(itertools.chain.from_iterable(sequences))
-    if own is not None and own not in used:
-        return own
-    return next((number for number in range(vocabulary) if number not in used), None)
-
-
-def _load(directory: Path, spec: RewardModelJudgeSpec) -> Any:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    local = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(directory, **local)
-        _refuse_other_models(config, spec)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            directory, dtype=_DTYPES[spec.precision], use_safetensors=True, **local
-        )
-    except InvalidSpec:
-        raise
-    except (OSError, KeyError, ValueError) as error:
-        raise InvalidSpec(f"{spec.model!r} cannot be loaded as a reward model: {error}", param="judge.model") from error
-    return model.eval()
-
-
-def _refuse_other_models(config: Any, spec: RewardModelJudgeSpec) -> None:
-    """transformers would load them and invent the head."""
-    names = config.architectures or []
-    if config.num_labels != 1 or not any("SequenceClassification" in name for name in names):
-        raise InvalidSpec(
-            f"{spec.model!r} is no reward model (architecture {names}, {config.num_labels} outputs); give a "
-            "sequence-classification checkpoint with num_labels=1",
-            param="judge.model",
-        )
+    async def close(self) -> None: ...
 
 
 class RewardModelJudge:
     name = "reward_model"
 
-    def __init__(
-        self, spec: RewardModelJudgeSpec, directory: Path, model_digest: str, device: torch.device | str = "cpu"
-    ) -> None:
-        """`model_digest` names the weights in `directory`: the cache goes by it, not by the model's name.
-
-        Raises:
-            InvalidSpec: as `RewardModel`.
-        """
-        self._model = RewardModel(directory, spec, device)
-        self._waiting: list[tuple[list[Ids], asyncio.Future[list[float]]]] = []
-        self._computing: asyncio.Task[None] | None = None
-        self.digest = digest_of(spec, model_digest, without=("model", "batch_tokens", "cache"))
+    def __init__(self, spec: RewardModelJudgeSpec, directory: Path, model_digest: str, scorer: Scorer) -> None:
+        """`scorer` computes the model in `directory`, and is closed with the judge. `model_digest` names its weights:
+        the cache goes by it, not by the model's name."""
+        self._tokenizer = Tokenizer.load(directory)
+        self._longest = longest(directory, spec)
+        self._scorer = scorer
+        self.digest = digest_of(spec, model_digest, without=("model", "batch_tokens", "cache", "cpus", "gpus"))
 
     async def judge(self, request: JudgeRequest) -> Verdict:
         started = time.monotonic()
         read = [self._ids(request, answer) for answer in request.answers]
-        fit = [ids for ids in read if not isinstance(ids, str)]
-        computed = iter(await self._computed(fit) if fit else [])
-        found = [(None, ids) if isinstance(ids, str) else _finite(next(computed)) for ids in read]
+        found = iter(await self._scored([ids for ids in read if not isinstance(ids, str)]))
+        told = [(None, ids) if isinstance(ids, str) else next(found) for ids in read]
         return Verdict(
             judge=self.name,
-            scores=tuple(score for score, _ in found),
-            missing=tuple(why for _, why in found),
+            scores=tuple(score for score, _ in told),
+            missing=tuple(why for _, why in told),
             seconds=time.monotonic() - started,
         )
 
     def _ids(self, request: JudgeRequest, answer: Answer) -> Ids | str:
         """Prompt and answer as the reward model's template writes them, in its tokens; or why there are none."""
-        tokenizer = self._model.tokenizer
+        tokenizer = self._tokenizer
         try:
             if isinstance(request.prompt, str):
                 ids = tokenizer.encode(request.prompt + answer.text)
@@ -172,35 +76,34 @@ class RewardModelJudge:
                 ids = tokenizer.encode(tokenizer.render(messages), add_special_tokens=False)
         except InvalidData:
             return NO_TEMPLATE
-        return ids if 0 < len(ids) <= self._model.longest else TOO_LONG
+        return ids if 0 < len(ids) <= self._longest else TOO_LONG
 
-    async def _computed(self, sequences: list[Ids]) -> list[float]:
-        future: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((sequences, future))
-        if self._computing is None or self._computing.done():
-            self._computing = asyncio.create_task(self._compute_all())
-        return await future
-
-    async def _compute_all(self) -> None:
-        while self._waiting:
-            taken, self._waiting = self._waiting, []
-            sequences = [ids for several, _ in taken for ids in several]
-            try:
-                scores = iter(await asyncio.to_thread(self._model.scores, sequences))
-            except Exception as error:
-                for _, future in taken:
-                    if not future.done():
-                        future.set_exception(JudgeError(f"the reward model failed: {error!r}"))
-                continue
-            for several, future in taken:
-                own = list(itertools.islice(scores, len(several)))
-                if not future.done():  # whoever waited may have been cancelled
-                    future.set_result(own)
+    async def _scored(self, sequences: list[Ids]) -> list[tuple[float | None, str | None]]:
+        """A score, or why there is none, a sequence."""
+        if not sequences:
+            return []
+        try:
+            return [_finite(score) for score in await self._scorer.scores(sequences)]
+        except JudgeCallFailed as error:
+            return [(None, error.reason)] * len(sequences)
 
     async def close(self) -> None:
-        if self._computing is not None:
-            await asyncio.gather(self._computing, return_exceptions=True)
+        await self._scorer.close()
 
 
 def _finite(score: float) -> tuple[float | None, str | None]:
     return (score, None) if math.isfinite(score) else (None, NOT_FINITE)
+
+
+def longest(directory: Path, spec: RewardModelJudgeSpec) -> int:
+    """Tokens of the longest sequence that is scored: as many as the job, the model and its tokenizer allow."""
+    config = _read(directory / "config.json")
+    text = config.get("text_config") or config
+    places = text.get("max_position_embeddings") or text.get("n_positions")
+    allowed = (places, _read(directory / "tokenizer_config.json").get("model_max_length"))
+    return min([spec.max_length, *(int(length) for length in allowed if length)])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return document

@@ -364,3 +364,42 @@ async def test_a_reward_model_is_found_by_its_name(ready: World) -> None:
     (directory / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
     with pytest.raises(ModelNotFound, match="2 outputs"):
         await ask(ready, PROMPTS, method={"type": "online"}, judge={"kind": "reward_model", "model": "reward"})
+
+
+async def test_a_reward_model_that_vllm_does_not_compute_is_refused_as_its_judge(ready: World) -> None:
+    directory = ready.store.path(paths.user_model("reward"))
+    save_model(directory)
+    in_vllm = {"kind": "reward_model", "model": "reward", "engine": "vllm"}
+
+    async def admitted(architecture: str, hidden: int, **judge: Any) -> RunSpec:
+        config = {"architectures": [architecture], "id2label": {"0": "LABEL_0"}, "hidden_size": hidden}
+        (directory / "config.json").write_text(json.dumps(config | {"num_attention_heads": 2}))
+        return (await ask(ready, PROMPTS, method={"type": "online"}, judge=in_vllm | judge))[0]
+
+    run = await admitted("LlamaForSequenceClassification", 64)
+    assert run.online.judge.engine == "vllm"
+    for refused, sentence in (
+        (admitted("DebertaV2ForSequenceClassification", 64), "is DebertaV2.*; set judge.engine to transformers"),
+        (admitted("LlamaForSequenceClassification", 32), "are of 16; set judge.engine to transformers"),
+    ):
+        with pytest.raises(InvalidSpec, match=sentence) as error:
+            await refused
+        assert error.value.param == "judge.engine"
+    await admitted("DebertaV2ForSequenceClassification", 64, engine="transformers")
+    ready.cluster.capacity_value = Capacity(cpus=8, gpus=1)
+    assert (await admitted("LlamaForSequenceClassification", 32, gpus=1)).online.judge.gpus == 1
+
+
+async def test_room_is_needed_for_the_judges_process_too(ready: World) -> None:
+    directory = ready.store.path(paths.user_model("reward"))
+    save_model(directory)
+    config = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a"}, "head_dim": 32}
+    (directory / "config.json").write_text(json.dumps(config))
+    judge = {"kind": "reward_model", "model": "reward", "engine": "vllm", "cpus": 6}
+    await ask(ready, PROMPTS, method={"type": "online"}, judge=judge)
+    for more, sentence in (
+        ({"cpus": 7}, "1 workers and 1 samplers beside the judge's process need 9 CPUs together.* or judge.cpus lower"),
+        ({"gpus": 1}, "need 1 GPUs together"),
+    ):
+        with pytest.raises(InvalidSpec, match=sentence):
+            await ask(ready, PROMPTS, method={"type": "online"}, judge=judge | more)

@@ -37,6 +37,8 @@ def test_an_address_loses_its_last_slash():
         ({"kind": "scoring", "samples": 3, "endpoint": ENDPOINT}, "every sample is the same"),
         ({"kind": "self_rewarding", "temperature": 0}, "every sample is the same"),
         ({"kind": "rules", "rules": []}, "at least 1"),
+        ({"kind": "reward_model", "model": "m", "gpus": 1}, "set engine to vllm"),
+        ({"kind": "reward_model", "model": "m", "cpus": 2}, "set engine to vllm"),
     ],
 )
 def test_what_cannot_work_is_refused(fields, says):

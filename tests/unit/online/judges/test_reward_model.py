@@ -12,30 +12,21 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
 )
 
 from dpo_service.errors import InvalidSpec
-from dpo_service.online.judges.build import RewardModelFiles, Surroundings, build_judge
-from dpo_service.online.judges.port import Answer, JudgeRequest
-from dpo_service.online.judges.reward_model import RewardModel, by_length, padding_id
+from dpo_service.online.judges.build import Surroundings, build_judge
+from dpo_service.online.judges.reward_inprocess import RewardModel, by_length, padding_id
+from dpo_service.online.judges.reward_model import longest
+from dpo_service.rows.template import Tokenizer
 from dpo_service.specs.judge import RewardModelJudgeSpec
 from tests.models import save_tokenizer
-
-TEXTS = ("the red cat", "a boat", "blue or green, it may be so", "1234567890 " * 6, "hello world")
-SIZES = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 2, "max_position_embeddings": 256, "num_labels": 1}
+from tests.unit.online.judges.reward_kit import CONVERSATION, HEADS, SIZES, TEXTS, judge, request, save_reward_model
 
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
-    """Its padding token is the one that ends every message, as many published reward models have it."""
-    directory = tmp_path_factory.mktemp("decoder")
-    save_tokenizer(directory)
-    torch.manual_seed(1)
-    config = LlamaConfig(**SIZES, **HEADS, num_key_value_heads=1, bos_token_id=0, eos_token_id=1, pad_token_id=1)
-    LlamaForSequenceClassification(config).save_pretrained(directory)
-    return directory
+    return save_reward_model(tmp_path_factory.mktemp("decoder"))
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +36,6 @@ def encoder(tmp_path_factory):
     torch.manual_seed(2)
     BertForSequenceClassification(BertConfig(**SIZES, **HEADS, pad_token_id=2)).save_pretrained(directory)
     return directory
-
-
-def judge(directory, digest="d", cache_file=None, **fields):
-    spec = RewardModelJudgeSpec(model="rm", **fields)
-    return build_judge(spec, Surroundings(cache_file, reward_model=RewardModelFiles(directory, digest))).judge
-
-
-def request(prompt, texts=TEXTS):
-    return JudgeRequest(prompt, tuple(map(Answer, texts)))
-
-
-CONVERSATION = ({"role": "user", "content": "Which colour?"},)
 
 
 @torch.inference_mode()
@@ -70,7 +49,7 @@ def one_by_one(directory, sequences):
 @pytest.mark.parametrize("batch_tokens", [1, 90, 10_000])
 async def test_a_conversation_is_scored_as_the_template_writes_it(decoder, batch_tokens):
     verdict = await judge(decoder, batch_tokens=batch_tokens).judge(request(CONVERSATION))
-    tokenizer = RewardModel(decoder, RewardModelJudgeSpec(model="rm")).tokenizer
+    tokenizer = Tokenizer.load(decoder)
     texts = [f"<|bos|><|user|>Which colour?<|eos|><|assistant|>{text}<|eos|>" for text in TEXTS]
     expected = one_by_one(decoder, [tokenizer.encode(text, add_special_tokens=False) for text in texts])
     assert verdict.scores == pytest.approx(expected, abs=1e-5)
@@ -81,7 +60,7 @@ async def test_a_conversation_is_scored_as_the_template_writes_it(decoder, batch
 @pytest.mark.parametrize("batch_tokens", [90, 10_000])
 async def test_plain_text_is_scored_by_an_encoder(encoder, batch_tokens):
     verdict = await judge(encoder, batch_tokens=batch_tokens).judge(request("Say: "))
-    tokenizer = RewardModel(encoder, RewardModelJudgeSpec(model="rm")).tokenizer
+    tokenizer = Tokenizer.load(encoder)
     expected = one_by_one(encoder, [tokenizer.encode("Say: " + text) for text in TEXTS])
     assert verdict.scores == pytest.approx(expected, abs=1e-5)
 
@@ -96,7 +75,7 @@ async def test_requests_at_the_same_time_are_computed_together_and_each_gets_its
 
 
 async def test_what_does_not_fit_has_no_score_and_the_others_have(decoder):
-    tokenizer = RewardModel(decoder, RewardModelJudgeSpec(model="rm")).tokenizer
+    tokenizer = Tokenizer.load(decoder)
     longest = max(len(tokenizer.encode(f"<|bos|><|user|>Which colour?<|eos|><|assistant|>{t}<|eos|>")) for t in TEXTS)
     verdict = await judge(decoder, max_length=longest - 1).judge(request(CONVERSATION))
     assert verdict.missing == (None, None, "too_long", None, None)
@@ -106,6 +85,17 @@ async def test_what_does_not_fit_has_no_score_and_the_others_have(decoder):
 async def test_the_models_own_window_bounds_too(decoder):
     verdict = await judge(decoder, max_length=100_000).judge(request(CONVERSATION, ["a", "word " * 300]))
     assert verdict.missing == (None, "too_long")
+
+
+def test_the_tokenizers_bound_holds_too(decoder, tmp_path):
+    """Some models have positions that no token takes (RoBERTa's first two)."""
+    for file in ("config.json", "tokenizer_config.json"):
+        (tmp_path / file).write_text((decoder / file).read_text())
+    spec = RewardModelJudgeSpec(model="rm", max_length=1000)
+    assert longest(tmp_path, spec) == 256
+    document = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(document | {"model_max_length": 254}))
+    assert longest(tmp_path, spec) == 254
 
 
 async def test_a_model_without_a_template_has_nothing_to_say_of_a_conversation(encoder):

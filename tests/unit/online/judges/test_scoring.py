@@ -64,6 +64,26 @@ async def test_without_over_half_of_the_samples_there_is_no_score(server, verdic
     assert (verdict.scores, verdict.missing) == ((None, 5.5, 5), ("refused", None, None))
 
 
+@pytest.mark.parametrize(
+    ("mode", "wanted"),
+    [
+        ("score", {"score": {"type": "integer", "enum": list(range(1, 11))}}),
+        ("ranking", {"ranking": {"type": "array", "items": {"type": "string", "enum": ["A", "B", "C"]}}}),
+    ],
+)
+async def test_the_endpoint_is_held_to_the_form(server, verdict_on, mode, wanted):
+    server.script('{"score": 5, "ranking": ["A", "B", "C"]}')
+    await verdict_on(mode=mode)
+    form = server.bodies[0]["response_format"]["json_schema"]
+    assert form["strict"]
+    assert form["schema"] == {
+        "type": "object",
+        "properties": {"reason": {"type": "string"}, **wanted},
+        "required": ["reason", *wanted],
+        "additionalProperties": False,
+    }
+
+
 def longest_first(body):
     answers = shown(body)
     order = sorted(range(len(answers)), key=lambda place: -len(answers[place]))
