@@ -57,7 +57,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """[1, T, H, D]. `window` as in `Layout.within`; `softcap`: scores become softcap * tanh(score / softcap)."""
+    """As `layout.Attend`."""
     mask: BlockMask = layout.once(("flex", window), lambda: block_mask(layout, window))
     function: Any = _compiled() if query_1HTD.is_cuda else flex_attention
     output: Tensor = function(

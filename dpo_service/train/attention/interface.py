@@ -11,7 +11,7 @@ Windows of attention are exact on every way; scores are capped by flex and sdpa.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from dpo_service.train.attention import flex, sdpa, varlen
-from dpo_service.train.attention.layout import Layout, Segment
+from dpo_service.train.attention.layout import Attend, Layout, Segment
 
 NAME = "dpo_segments"
 """What transformers calls this attention function."""
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"sdpa": sdpa.attend, "flex": flex.attend, "varlen": varlen.attend}
+BACKENDS: dict[str, Attend] = {"sdpa": sdpa.attend, "flex": flex.attend, "varlen": varlen.attend}
 
 UNSUPPORTED = ("s_aux", "head_mask", "position_bias")
 """Arguments by which a layer asks for more than causal attention, windows and capped scores."""
@@ -70,10 +70,10 @@ def segment_attention(
     if asked:
         raise NotImplementedError(f"attention with {', '.join(asked)}")
     dtype = _computed_in(query_1HTD)
-    states = [tensor.to(dtype) for tensor in (query_1HTD, key_1KTD, value_1KTD)]
+    query, key, value = (tensor.to(dtype) for tensor in (query_1HTD, key_1KTD, value_1KTD))
     window = segment_layout.within(sliding_window)
-    attend = BACKENDS[chosen(states[0], states[2], segment_layout, softcap)]
-    return attend(*states, segment_layout, scaling=scaling, window=window, softcap=softcap), None
+    attend = BACKENDS[chosen(query, value, segment_layout, softcap)]
+    return attend(query, key, value, segment_layout, scaling=scaling, window=window, softcap=softcap), None
 
 
 def chosen(query_1HTD: Tensor, value_1KTD: Tensor, layout: Layout, softcap: float | None) -> str:

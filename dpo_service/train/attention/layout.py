@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -93,3 +93,22 @@ class Trial(Layout):
     def within(self, window: int | None) -> int | None:
         self.windows.add(window)
         return super().within(window)
+
+
+class Attend(Protocol):
+    """What each way to compute the attention of a row is."""
+
+    def __call__(
+        self,
+        query_1HTD: torch.Tensor,
+        key_1KTD: torch.Tensor,
+        value_1KTD: torch.Tensor,
+        layout: Layout,
+        *,
+        scaling: float | None,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """[1, T, H, D], of H query heads and K key heads. `window` as in `Layout.within`; `scaling` None = D ** -0.5;
+        `softcap`: scores become softcap * tanh(score / softcap)."""
+        ...

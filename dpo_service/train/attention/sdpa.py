@@ -24,7 +24,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """[1, T, H, D]. `window` as in `Layout.within`; `softcap`: scores become softcap * tanh(score / softcap)."""
+    """As `layout.Attend`."""
     outputs = []
     queries, keys, values = (_cut(layout, tensor) for tensor in (query_1HTD, key_1KTD, value_1KTD))
     for number, segment in enumerate(layout.segments):

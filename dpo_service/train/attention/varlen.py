@@ -70,7 +70,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """[1, T, H, D]. `window` as in `Layout.within`; the kernel cannot cap scores."""
+    """As `layout.Attend`; but the kernel cannot cap scores."""
     assert softcap is None, "`interface.chosen` gives capped scores to another backend"
     at: Sequences = layout.once("varlen", lambda: sequences(layout))
     key, value = (states[0].transpose(0, 1).index_select(0, at.gather_G) for states in (key_1KTD, value_1KTD))
