@@ -206,6 +206,18 @@ def test_pure_bfloat16_on_two_ranks_follows_one(pairs, strategy, tmp_path):
     assert resumed.losses() == pytest.approx(pair.alone.losses()[2:], rel=2e-2)
 
 
+@pytest.mark.long  # the compiler takes a minute on two cores
+def test_compiled_layers_are_sharded(tmp_path, model_dir):
+    options = OPTIONS | {"resources": FSDP, "reference": "live", "lora": LORA, "activation_checkpointing": True}
+    plain = make_job(tmp_path / "one", model_dir, **options)
+    compiled = make_job(tmp_path / "two", model_dir, compile=True, **options)
+    alone = Recorder()
+    plain.train(reports=alone)
+    [together] = train_on_two([compiled])
+    assert together.losses() == pytest.approx(alone.losses(), rel=1e-5)
+    assert_close(saved(compiled), saved(plain))
+
+
 @pytest.mark.parametrize("kind", RESUMED)
 def test_two_ranks_go_on_where_one_stopped(pairs, kind):
     pair = pairs[f"resumed-{kind}"]
