@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -62,12 +63,16 @@ def run_rank(rank: int, port: int, jobs: list[Job]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def train_on_two(jobs: list[Job]) -> list[Recorder]:
-    """All `jobs` in the same two processes, one after the other."""
+def train_on_two(jobs: list[Job], meanwhile: Callable[[], None] | None = None) -> list[Recorder]:
+    """All `jobs` in the same two processes, one after the other; `meanwhile` in this one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(run_rank, (port, jobs), nprocs=2)
+    ranks = mp.spawn(run_rank, (port, jobs), nprocs=2, join=False)
+    if meanwhile is not None:
+        meanwhile()
+    while not ranks.join():
+        pass
     return [read_back(job) for job in jobs]
 
 
@@ -112,13 +117,17 @@ def pairs(tmp_path_factory, model_dir, mixture_dir) -> dict[str, Pair]:
         model = mixture_dir if kind.endswith("mixture") else model_dir
         one, *others = (make_job(root / kind / name, model, **OPTIONS | options) for name in ("one", "two", "cut"))
         alone[kind] = one, Recorder()
-        one.train(reports=alone[kind][1])
         jobs[kind] = others[0]
         if kind in RESUMED:
             others[1].train()
             others[1].store.delete("jobs/j/checkpoints/step-00000004")
             jobs[f"resumed-{kind}"] = others[1]
-    together = dict(zip(jobs, train_on_two(list(jobs.values())), strict=True))
+
+    def train_alone():
+        for one, recorder in alone.values():
+            one.train(reports=recorder)
+
+    together = dict(zip(jobs, train_on_two(list(jobs.values()), train_alone), strict=True))
     return {name: Pair(*alone[name.removeprefix("resumed-")], jobs[name], together[name]) for name in jobs}
 
 
