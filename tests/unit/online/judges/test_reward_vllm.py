@@ -125,7 +125,9 @@ def _break_the_engine(actor):
 @pytest.mark.ray
 @pytest.mark.long
 async def test_a_model_that_vllm_cannot_load_says_why(tmp_path, ray_connected):
-    theirs = judge(save_reward_model(tmp_path, head_dim=24), engine="vllm")
+    config = save_reward_model(tmp_path) / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"none_such"'))
+    theirs = judge(tmp_path, engine="vllm")
     try:
         with pytest.raises(JudgeError, match=r"cannot load the reward model 'rm' \(.*set judge.engine to transformers"):
             await theirs.judge(request(CONVERSATION))
