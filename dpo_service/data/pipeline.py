@@ -27,7 +27,7 @@ from dpo_service.errors import InvalidData, InvalidSpec, StopAsked
 from dpo_service.manifests.dataset import ANSWERS, DatasetManifest, DatasetReport, SplitManifest
 from dpo_service.reports import Reporter
 from dpo_service.rows.check import MIN_ROWS, require_rows
-from dpo_service.rows.facts import decide, report
+from dpo_service.rows.facts import Facts, decide, report
 from dpo_service.rows.holdout import Mask, hold_out
 from dpo_service.rows.plan import BatchPlan, PromptOrder
 from dpo_service.rows.summary import summary
@@ -133,11 +133,11 @@ class _Stage:
         scored_as: Mapping[str, Any] | None,
         resources: ResourceSpec,
     ) -> DatasetManifest:
-        train, validation, made = self._splits()
+        train, validation, made, held = self._splits()
         if scorer is not None:
             for split in [train, validation] if validation is not None else [train]:
                 self._add_reference(split, scorer, reference_digest, scored_as, resources)
-        mix = self._mix()
+        mix = self._mix(held)
         plan = self._plan(train)
         if isinstance(plan, BatchPlan):
             write_plan(plan, self.directory / PLAN)
@@ -157,31 +157,34 @@ class _Stage:
             reference_digest=reference_digest if scorer is not None else None,
         )
 
-    def _splits(self) -> tuple[SplitManifest, SplitManifest | None, DatasetReport]:
+    def _splits(self) -> tuple[SplitManifest, SplitManifest | None, DatasetReport, Facts | None]:
+        """The rows to train on, those held out, the report on the former, and the latter's facts."""
         spec = self.spec
         validation = self._encode("validation_file", spec.validation_file, spec.validation_name)
         training = self._encode("training_file", spec.training_file, spec.training_name)
         assert training is not None
         held = validation.facts if validation is not None else None
-        facts = decide(training.facts, deduplicate=spec.deduplicate, validation=held)
+        prompts = spec.rows in PROMPT_KINDS
+        facts = decide(training.facts, deduplicate=spec.deduplicate, validation=held, held_prompts=prompts)
         training = EncodedFile(training.found, training.path, facts)
         made = report(facts, training.found)
         require_rows(made, spec.training_name)
         kept: Mask = facts["reason"] == 0
         if validation is not None:
-            return self._write("train", training, kept), self._write_validation(validation), made
+            return self._write("train", training, kept), self._write_validation(validation), made, held
         if spec.eval_split == 0:
-            return self._write("train", training, kept), None, made
+            return self._write("train", training, kept), None, made, None
         out = hold_out(facts, spec.eval_split, spec.seed)
-        return self._write("train", training, kept & ~out), self._write("validation", training, out), made
+        train, validated = self._write("train", training, kept & ~out), self._write("validation", training, out)
+        return train, validated, made, facts[out]
 
-    def _mix(self) -> SplitManifest | None:
-        """The pairs to train on among sampled ones."""
+    def _mix(self, held: Facts | None) -> SplitManifest | None:
+        """The pairs to train on among sampled ones, without those of held-out prompts."""
         as_pairs = self.spec.model_copy(update={"rows": "pairs", "answer_room": 0})
         encoded = self._encode("mix.file", self.spec.mix_file, self.spec.mix_name, as_pairs)
         if encoded is None:
             return None
-        facts = decide(encoded.facts, deduplicate=self.spec.deduplicate)
+        facts = decide(encoded.facts, deduplicate=self.spec.deduplicate, validation=held, held_prompts=True)
         require_rows(report(facts, encoded.found), self.spec.mix_name or "mix.file")
         return write_split(
             "mix", EncodedFile(encoded.found, encoded.path, facts), facts["reason"] == 0, self.directory, self.key

@@ -255,22 +255,26 @@ def _check_rows(
                 answer_room=0 if rows else room,
             )
 
-    if named.mix is not None:
-        pairs, found = read("mix.file", named.mix, "pairs")
-        with _blaming("mix.file"):
-            require_rows(report(decide(pairs, deduplicate=spec.deduplicate), found), named.mix.name)
     held = None
     if named.validation is not None:
         held, found = read("validation_file", named.validation)
         with _blaming("validation_file"):
             require_rows(report(decide(held, deduplicate=spec.deduplicate), found), named.validation.name, minimum=1)
     facts, found = read("training_file", named.training)
-    facts = decide(facts, deduplicate=spec.deduplicate, validation=held)
+    prompts = sampled_choices.sampled(spec)
+    facts = decide(facts, deduplicate=spec.deduplicate, validation=held, held_prompts=prompts)
     made = report(facts, found)
     with _blaming("training_file"):
         require_rows(made, named.training.name)
     sampled_checks.require_references(spec, made)
     held_out = _held_out(facts, spec.eval.split, seed, made.kept)
+    evaluated = facts[held_out] if held is None else held
+    _require_comparable(spec, evaluated)
+    if named.mix is not None:
+        pairs, found = read("mix.file", named.mix, "pairs")
+        pairs = decide(pairs, deduplicate=spec.deduplicate, validation=evaluated, held_prompts=True)
+        with _blaming("mix.file"):
+            require_rows(report(pairs, found), named.mix.name)
     if spec.method.row.rows == "unpaired":
         _require_mismatches(facts, held_out, seed)
         if held is not None:
@@ -279,6 +283,13 @@ def _check_rows(
     train_rows = made.kept - int(held_out.sum())
     unpaired = spec.method.row.rows == "unpaired"
     return _Usable(made, train_rows, Lengths.of(facts, train_rows, room, mismatched=unpaired))
+
+
+def _require_comparable(spec: JobSpec, held: Facts) -> None:
+    """Raises InvalidSpec where held-out prompts are not what the judge can say something of."""
+    if len(held):
+        param = "validation_file" if spec.validation_file is not None else "eval.split"
+        sampled_checks.require_comparable(spec, int(held["reference"].sum()), param)
 
 
 def _require_mismatches(facts: Facts, held_out: Mask, seed: int) -> None:

@@ -26,7 +26,7 @@ from dpo_service.jobs import sampled_choices
 from dpo_service.registry.tables import File
 from dpo_service.specs.base import chosen_or
 from dpo_service.specs.data import DataSpec
-from dpo_service.specs.eval import DEFAULT_METRIC, BestSpec, ranking_metrics
+from dpo_service.specs.eval import BestSpec, ranking_metrics
 from dpo_service.specs.job import JobSpec
 from dpo_service.specs.loss import LOSS_TABLE, LossSpec
 from dpo_service.specs.method import ReferenceSpec
@@ -195,9 +195,9 @@ def _keep_best(spec: JobSpec) -> BestSpec | None:
     asked = spec.checkpoint
     if not asked.keep_best:
         return None
-    metric = asked.metric or DEFAULT_METRIC
-    better = ranking_metrics(spec.method.row.rows)[metric]
-    return BestSpec(keep=asked.keep_best, metric=metric, better=better, publish=asked.publish == "best")
+    known = ranking_metrics(spec.method.row.rows)
+    metric = asked.metric or next(iter(known))
+    return BestSpec(keep=asked.keep_best, metric=metric, better=known[metric], publish=asked.publish == "best")
 
 
 def _optim(spec: JobSpec) -> OptimSpec:

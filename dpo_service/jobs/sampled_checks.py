@@ -7,7 +7,7 @@ from dpo_service.errors import InvalidSpec
 from dpo_service.jobs import choices, sampled_choices
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.specs.job import JobSpec
-from dpo_service.specs.judge import RewardModelJudgeSpec, RulesJudgeSpec
+from dpo_service.specs.judge import RewardModelJudgeSpec, RulesJudgeSpec, only_compares
 from dpo_service.specs.verifiers import Arithmetic, ExactMatch, WordsInForm
 
 
@@ -24,15 +24,40 @@ def require_verifiers(spec: JobSpec) -> None:
 
 def require_references(spec: JobSpec, report: DatasetReport) -> None:
     """Raises InvalidSpec where rules compare with the rows' own answers and there are none."""
-    if report.references != 0 or not isinstance(spec.judge, RulesJudgeSpec):
+    if report.references == 0 and (rule := _compares_with_the_row(spec)):
+        raise InvalidSpec(
+            f"the rule {rule!r} compares with the row's own answer, and no row of the file has one; give the "
+            "rows an `answer`, or name another column in the rule's `expected`",
+            param="judge.rules",
+        )
+
+
+def require_comparable(spec: JobSpec, references: int, param: str) -> None:
+    """`references` of the held-out prompts of field `param` come with an answer.
+
+    Raises:
+        InvalidSpec: none does, and the judge could say nothing of a sampled answer alone.
+    """
+    if not sampled_choices.sampled(spec) or references:
         return
-    for rule in spec.judge.rules:
-        if isinstance(rule, ExactMatch | WordsInForm | Arithmetic) and rule.expected is None:
-            raise InvalidSpec(
-                f"the rule {rule.rule!r} compares with the row's own answer, and no row of the file has one; give the "
-                "rows an `answer`, or name another column in the rule's `expected`",
-                param="judge.rules",
-            )
+    if rule := _compares_with_the_row(spec):
+        judge = f"the rule {rule!r}"
+    elif only_compares(spec.judge):
+        judge = "a judge that compares"
+    else:
+        return
+    raise InvalidSpec(
+        f"{judge} sets each sampled answer against the row's own, and no held-out prompt has one; give the rows an "
+        f"`answer`, or remove {param}",
+        param=param,
+    )
+
+
+def _compares_with_the_row(spec: JobSpec) -> str | None:
+    """The first rule that does."""
+    rules = spec.judge.rules if isinstance(spec.judge, RulesJudgeSpec) else ()
+    compared = (rule for rule in rules if isinstance(rule, ExactMatch | WordsInForm | Arithmetic))
+    return next((rule.rule for rule in compared if rule.expected is None), None)
 
 
 def require_room(spec: JobSpec, capacity: Capacity) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,18 +12,23 @@ from dpo_service.checkpoint.format import digest_of
 from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.online.actors import start_pool
 from dpo_service.online.curator import Curator, CuratorPlan
+from dpo_service.online.evaluation import SEEDS, HeldOut, Question
 from dpo_service.online.feed import Mixed, OnlineFeed, OnlinePlan
 from dpo_service.online.judges.build import RewardModelFiles, Surroundings, build_judge
+from dpo_service.online.judges.chat import Complete
+from dpo_service.online.judges.metrics import Counted
+from dpo_service.online.judges.port import Judge
 from dpo_service.online.judges.spend import SpentFile
 from dpo_service.online.own_judge import ask_policy
 from dpo_service.online.pool import SamplerPool
-from dpo_service.online.port import Sampler
+from dpo_service.online.port import Sampler, seed_of
 from dpo_service.online.prompts import OrderedPrompts, PromptTable
 from dpo_service.online.samples import SampleFiles
 from dpo_service.online.sources import Judged, Rejection, SelfPlay, Source, Winning
 from dpo_service.online.steps import CuratorClient
 from dpo_service.rows.plan import PromptOrder
 from dpo_service.rows.template import Tokenizer
+from dpo_service.specs.judge import SelfRewardingJudgeSpec, only_compares
 from dpo_service.specs.run import OnlineSpec, RunSpec
 from dpo_service.storage import paths
 from dpo_service.storage.hub import locate_model
@@ -74,14 +81,24 @@ def build_curator(
     online = run.online
     assert online is not None, "only a run that samples its pairs has a curator"
     tokenizer = Tokenizer.load(model_dir)
+    decode = partial(tokenizer.decode, special_tokens=False)
+    around = Surroundings(
+        cache_file=store.path(f"{paths.job_dir(run.job_id)}/verdicts.sqlite"),
+        spent_file=SpentFile(store, paths.judge_spent(run.job_id)),
+        policy=ask_policy(sampler, tokenizer, run.seed),
+        reward_model=_reward_model(online, store, placement),
+    )
+    judge = build_judge(online.judge, around).judge if online.judge is not None else None
+    apart = _apart(judge, online, around, ask_policy(sampler, tokenizer, seed_of(run.seed, 0, SEEDS)))
     return Curator(
         plan_of(run, online, dataset.total_steps),
         _prompts(run, dataset, store),
         sampler,
-        _source(run, online, store, sampler, tokenizer, placement),
+        _source(online, judge),
         online.sampling,
-        partial(tokenizer.decode, special_tokens=False),
+        decode,
         SampleFiles(store, run.job_id),
+        _held_out(run, dataset, store, apart, decode),
     )
 
 
@@ -103,6 +120,8 @@ def build_feed(run: RunSpec, dataset: DatasetManifest, store: Store, client: Cur
         sync_every=sync_every(online),
         dtype=online.samplers.dtype,
         mixed=_mixed(run, online, dataset, store),
+        validates=dataset.validation is not None,
+        base_dir=locate_model(store, run.model) if online.sync == "never" and dataset.validation else None,
     )
 
 
@@ -114,24 +133,36 @@ def _mixed(run: RunSpec, online: OnlineSpec, dataset: DatasetManifest, store: St
     return Mixed(rows, order, online.mixed_pairs)
 
 
-def _source(
-    run: RunSpec, online: OnlineSpec, store: Store, sampler: Sampler, tokenizer: Tokenizer, placement: Any
-) -> Source:
-    if online.judge is None:
+def _source(online: OnlineSpec, judge: Counted | None) -> Source:
+    if judge is None:
         return SelfPlay()
-    around = Surroundings(
-        cache_file=store.path(f"{paths.job_dir(run.job_id)}/verdicts.sqlite"),
-        spent_file=SpentFile(store, paths.judge_spent(run.job_id)),
-        policy=ask_policy(sampler, tokenizer, run.seed),
-        reward_model=_reward_model(online, store, placement),
-    )
-    judge = build_judge(online.judge, around).judge
     if online.source == "rso":
         return Rejection(judge, online.rejection_beta, online.accepted)
     if online.source == "sppo":
         return Winning(judge, online.win_scale)
     assert online.pairing is not None, "admission decides it for these sources"
     return Judged(judge, online.pairing)
+
+
+def _apart(judge: Counted | None, online: OnlineSpec, around: Surroundings, policy: Complete) -> Judge | None:
+    """The judge of held-out answers: the same, of whom training's counts do not hear. A policy that judges itself is
+    asked through `policy`, with dice of its own, so that those of training fall as they would."""
+    if isinstance(online.judge, SelfRewardingJudgeSpec):
+        judge = build_judge(online.judge, replace(around, policy=policy)).judge
+    return judge.uncounted if judge is not None else None
+
+
+def _held_out(
+    run: RunSpec, dataset: DatasetManifest, store: Store, judge: Judge | None, decode: Callable[[Sequence[int]], str]
+) -> HeldOut | None:
+    """The prompts of the validation split, each answered once: more prompts tell more than more answers."""
+    online = run.online
+    if dataset.validation is None or online is None:
+        return None
+    table, options = PromptTable.load(store, dataset.validation), online.sampling.model_copy(update={"n": 1})
+    chunk, compares = online.samplers.max_num_seqs, only_compares(online.judge)
+    question = Question(options, run.seed, decode, against_own=compares, chunk=chunk)
+    return HeldOut([table[index] for index in range(len(table))], judge, question)
 
 
 def _reward_model(online: OnlineSpec, store: Store, placement: Any) -> RewardModelFiles | None:

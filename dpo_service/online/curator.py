@@ -8,6 +8,12 @@
 What unblocks each part: `pairs(s)` waits for the first task; the first for `pairs` or for a sync; the second for
 `published`; one condition wakes them all. Nothing sleeps. An error in either task is raised by everyone who waits.
 
+    evaluate(s)   waits for version s, and asks the held-out prompts beside what is asked for training
+    lent weights  are those of an evaluation where the samplers follow more slowly than step by step: from when they are
+                  published until the ones to train on are back, nothing is sampled to train on
+
+What an evaluation samples has seeds, verdicts and counts of its own, so training is the same with it as without.
+
 Version v is the policy after v steps. Which prompts a step asks, and their seeds, are functions of the seed and the
 position, and positions are part of every step's counters: so a resumed run asks what the unbroken one would have.
 """
@@ -23,6 +29,7 @@ from typing import Any
 
 from dpo_service.clock import monotonic
 from dpo_service.errors import TrainingError
+from dpo_service.online.evaluation import Evaluation, HeldOut
 from dpo_service.online.judges.guard import WindowGuard
 from dpo_service.online.judges.port import Answer
 from dpo_service.online.port import Sample, SamplePrompt, Sampler, Weights, seed_of
@@ -69,18 +76,22 @@ class Curator:
         options: SamplingSpec,
         decode: Callable[[Sequence[int]], str],
         samples: SampleWriter | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
-        """`decode` makes an answer's text, for judges: without special tokens."""
+        """`decode` makes an answer's text, for judges: without special tokens. `held_out` are asked by `evaluate`; its
+        judge is closed with the source's."""
         self._plan, self._prompts, self._sampler, self._source = plan, prompts, sampler, source
-        self._options, self._decode, self._samples = options, decode, samples
+        self._options, self._decode, self._samples, self._held_out = options, decode, samples, held_out
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
+        self._evaluations: dict[int, asyncio.Task[Evaluation]] = {}
         self._error: BaseException | None = None
         self._begin_at(0, {})
 
     def _begin_at(self, step: int, counters: Mapping[str, Any]) -> None:
         self._version, self._asked, self._synced_in = 0, step, 0.0
-        self._pending: Weights | None = None
+        self._pending: tuple[Weights, bool] | None = None
+        self._making = self._lent = False
         self._ready: dict[int, StepPairs] = {}
         self._leftover: deque[PairRow] = deque()
         self._position = int(counters.get("position", 0))
@@ -116,13 +127,40 @@ class Curator:
                 del self._ready[done]
             return self._ready[step]
 
-    async def published(self, weights: Weights) -> None:
+    async def published(self, weights: Weights, lent: bool = False) -> None:
         """Newer weights are there. Returns at once: the samplers take them when their answers under way have ended.
-        That they could not is raised by the next `pairs`, which every rank of the trainer asks."""
+        That they could not is raised by the next `pairs`, which every rank of the trainer asks.
+
+        `lent` ones are to be evaluated only; publish after it, not lent, those that training samples come from."""
         async with self._changed:
-            self._pending = weights
-            self._asked = max(self._asked, weights.version)
+            self._pending = weights, lent
+            self._lent = self._lent or lent
+            if not lent:
+                self._asked = max(self._asked, weights.version)
             self._changed.notify_all()
+
+    async def evaluate(self, step: int) -> Evaluation:
+        """The held-out prompts, answered by version `step`, which was published last. Every rank may ask; it is done
+        once.
+
+        Raises:
+            TrainingError: the sampler or the judge has failed for good.
+        """
+        if step not in self._evaluations:
+            self._evaluations = {step: asyncio.create_task(self._evaluated(step))}
+        return await asyncio.shield(self._evaluations[step])
+
+    async def _evaluated(self, step: int) -> Evaluation:
+        assert self._held_out is not None, "the dataset has a validation split"
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._version == step or self._error is not None)
+            self._raise()
+        try:
+            return await self._held_out.evaluate(self._sampler)
+        except TrainingError:
+            raise
+        except Exception as error:
+            raise _told(error) from error
 
     async def close(self) -> None:
         """End all work, the samplers and the judge."""
@@ -137,10 +175,11 @@ class Curator:
             raise self._error
 
     async def _stop_tasks(self) -> None:
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._evaluations.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks, self._evaluations = [], {}
 
     async def _guarded(self, work: Any) -> None:
         """Do `work`; what it fails of is everybody's."""
@@ -156,27 +195,33 @@ class Curator:
     async def _sync(self) -> None:
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._pending is not None)
-                weights, self._pending = self._pending, None
-            assert weights is not None
+                await self._changed.wait_for(self._may_sync)
+                assert self._pending is not None
+                (weights, lent), self._pending = self._pending, None
             synced = await self._sampler.sync(weights)
             async with self._changed:
                 self._version = synced.version
-                self._synced_in += synced.seconds
+                self._synced_in += 0.0 if self._lent else synced.seconds
+                self._lent = lent
                 self._changed.notify_all()
+
+    def _may_sync(self) -> bool:
+        return self._pending is not None and not (self._lent and self._making)
 
     async def _make(self, step: int) -> None:
         while step < self._plan.total_steps:
             async with self._changed:
                 await self._changed.wait_for(partial(self._may_make, step))
+                self._making = True
             made = await self._step(step)
             async with self._changed:
-                self._ready[step] = made
+                self._ready[step], self._making = made, False
                 self._changed.notify_all()
             step += 1
 
     def _may_make(self, step: int) -> bool:
-        return step <= self._asked + self._plan.staleness and self._version >= self._plan.required(step)
+        ahead, newest = self._asked + self._plan.staleness, self._version
+        return not self._lent and step <= ahead and newest >= self._plan.required(step)
 
     async def _step(self, step: int) -> StepPairs:
         stats, turns = StepStats(steps=1), list[Turn]()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dpo_service.online.evaluation import Evaluated
 from dpo_service.rows.plan import micro_batches
+from dpo_service.specs.eval import HELD_OUT
 from dpo_service.specs.run import BatchSpec
 from dpo_service.train.batch import MicroBatch, collate
 from dpo_service.train.logprobs import completion_logps
@@ -43,8 +44,8 @@ def divergence(
     ranks.sum_tensor(sums)
     kl, gap = sums.tolist()
     return {
-        "valid/kl": kl / len(answers),
-        "valid/logp_gap": gap / sum(len(answer.sample.token_ids) for answer in answers),
+        f"{HELD_OUT}kl": kl / len(answers),
+        f"{HELD_OUT}logp_gap": gap / sum(len(answer.sample.token_ids) for answer in answers),
     }
 
 

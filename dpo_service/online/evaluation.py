@@ -23,6 +23,7 @@ from dpo_service.online.judges.port import ABSTAINED, TIED, Answer, Judge, Judge
 from dpo_service.online.port import Sample, SamplePrompt, Sampler, seed_of
 from dpo_service.online.prompts import PromptRow
 from dpo_service.online.together import all_of
+from dpo_service.specs.eval import HELD_OUT
 from dpo_service.specs.sampling import SamplingSpec
 
 NO_REFERENCE = "no_reference"
@@ -75,7 +76,7 @@ class Evaluation:
         """Metrics by name. What there was nothing of to measure is left out."""
         parts = {"reward": self.reward, "finished_share": self.finished, "answer_tokens": self.tokens}
         counts = {f"missing/{why}": float(count) for why, count in sorted(self.missing.items())}
-        return {f"valid/{name}": value for name, value in (parts | counts).items() if value is not None}
+        return {f"{HELD_OUT}{name}": value for name, value in (parts | counts).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,19 @@ class Question:
     """The judge only compares: it is shown each answer beside the row's own."""
     chunk: int = 8
     """Prompts asked of the sampler in one call; each chunk is judged as soon as it is there."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A job's held-out prompts, and what is asked of a policy with them."""
+
+    prompts: Sequence[PromptRow]
+    judge: Judge | None
+    question: Question
+
+    async def evaluate(self, sampler: Sampler) -> Evaluation:
+        """As the function of this name."""
+        return await evaluate(sampler, self.judge, self.prompts, self.question)
 
 
 async def evaluate(

@@ -3,17 +3,23 @@
 every step        the policy after step v is version v
 every iteration   the policy at its end, which is the reference from there on; so a run that is resumed within an
                   iteration samples from its reference, which is in the checkpoint
-never             the samplers keep the base model
+never             the samplers keep the base model: version 0
+
+An evaluation is of the policy as it is. Where the samplers are not to train on that, it is lent to them: version v for
+a moment, and then what they held again.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 from torch import Tensor
 
 from dpo_service.online.port import Weights
 from dpo_service.online.weights import WeightsFolder
 from dpo_service.train.optim import trained_parameters
-from dpo_service.train.policy import base_of, merged_state
+from dpo_service.train.policy import base_of, load_model, merged_state
 from dpo_service.train.step import TrainState
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -22,22 +28,55 @@ BYTES = {"float32": 4, "bfloat16": 2}
 class Exporter:
     """Writes versions for samplers on the same machine. `close` removes them."""
 
-    def __init__(self, state: TrainState, dtype: str, sync_every: int) -> None:
-        """`dtype` is that of the samplers' weights, `sync_every` in steps."""
-        self._state, self._dtype, self._every = state, dtype, sync_every
+    def __init__(self, state: TrainState, dtype: str, sync_every: int | None, base_dir: Path | None = None) -> None:
+        """`dtype` is that of the samplers' weights, `sync_every` in steps; None = never, and then `base_dir` is where
+        the base model lies."""
+        self._state, self._dtype, self._every, self._base_dir = state, dtype, sync_every, base_dir
+        self._held: Weights | None = None
+        self._lent: int | None = None
         self._adapter = base_of(state.policy) is not state.policy
         count = sum(parameter.numel() for parameter in trained_parameters(state.policy).values())
         self._folder = WeightsFolder(count * (4 if self._adapter else BYTES[dtype]))
 
+    @property
+    def held(self) -> Weights:
+        """What training samples come from."""
+        assert self._held is not None, "a run starts with `first`"
+        return self._held
+
     def first(self, step: int) -> Weights:
         """What step number `step` is sampled from at the latest, when a run begins there."""
+        if self._every is None:
+            self._held = self._base()
+            return self._held
         version = step - step % self._every
         moving = self._state.moving
-        return self._publish(version, moving.weights if moving is not None and version != step else None)
+        self._held = self._publish(version, moving.weights if moving is not None and version != step else None)
+        return self._held
 
     def after(self, step: int) -> Weights | None:
-        """The policy after `step` steps, if the samplers are to have it."""
-        return None if step % self._every else self._publish(step, None)
+        """The policy after `step` steps, if the samplers are to have it and have it not."""
+        if self._every is None or step % self._every or step == self.held.version:
+            return None
+        self._held = self._publish(step, None)
+        return self._held
+
+    def lend(self, step: int) -> Weights:
+        """The policy after `step` steps, beside what is held. What was lent before is removed."""
+        if self._lent is not None:
+            self._folder.drop(self._lent)
+        self._lent = step
+        return self._publish(step, None)
+
+    def _base(self) -> Weights:
+        """Version 0, whatever the policy has become. Over an adapter: one that adds nothing."""
+        trained = trained_parameters(self._state.policy)
+        if self._adapter:
+            nothing = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
+            return self._folder.publish_adapter(self._state.policy, nothing, 0)
+        assert self._base_dir is not None, "a run whose samplers keep the base model says where it lies"
+        base = load_model(self._base_dir)
+        return self._folder.publish(base, merged_state(base), 0, self._dtype)
 
     def drop_before(self, version: int) -> None:
         self._folder.drop_before(version)

@@ -3,24 +3,30 @@
 start       every rank: weights of the first version ──> curator.start           (rank 0)
 batches(s)  every rank: curator.pairs(s) ──> this rank's share, as micro-batches  (the same pairs on every rank)
 after_step  weights of version s + 1 ──> curator.published                        (rank 0)
+evaluate    weights of this version ──> curator.published (rank 0); curator.evaluate ──> answers and scores, and this
+            rank's share of their log-probabilities under policy and reference    (the same answers on every rank)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dpo_service.clock import monotonic
 from dpo_service.errors import DpoServiceError, TrainingError
+from dpo_service.online.divergence import divergence
 from dpo_service.online.export import Exporter
 from dpo_service.online.steps import CuratorClient, PairRow, StepPairs, StepStats
 from dpo_service.rows.plan import BatchPlan, PromptOrder
+from dpo_service.specs.eval import HELD_OUT
 from dpo_service.specs.run import BatchSpec
 from dpo_service.train.batch import MicroBatch, collate
 from dpo_service.train.ranks import Ranks
 from dpo_service.train.rows import Example, RowTable
 from dpo_service.train.step import TrainState
+from dpo_service.train.validation import Validation
 
 COUNTERS = "online"
 
@@ -52,7 +58,6 @@ class OnlineFeed:
     """A `train.feed.StepFeed`."""
 
     has_reference = False
-    validates = False
 
     def __init__(
         self,
@@ -64,11 +69,14 @@ class OnlineFeed:
         sync_every: int | None,
         dtype: str = "float32",
         mixed: Mixed | None = None,
+        validates: bool = False,
+        base_dir: Path | None = None,
     ) -> None:
-        """`sync_every` and `dtype` as `export.Exporter`; None = the samplers keep the base model."""
-        self.plan = plan
+        """`sync_every`, `dtype` and `base_dir` as `export.Exporter`; None = the samplers keep the base model.
+        `validates`: the curator has held-out prompts."""
+        self.plan, self.validates = plan, validates
         self._client, self._batch, self._ranks, self._mixed = client, batch, ranks, mixed
-        self._sync_every, self._dtype = sync_every, dtype
+        self._sync_every, self._dtype, self._base_dir = sync_every, dtype, base_dir
         self._exporter: Exporter | None = None
         self._stats = StepStats()
         self._counters: dict[str, Any] = {}
@@ -94,8 +102,8 @@ class OnlineFeed:
 
     def _start(self, state: TrainState, step: int) -> None:
         weights = None
-        if self._sync_every is not None:
-            self._exporter = Exporter(state, self._dtype, self._sync_every)
+        if self._sync_every is not None or self.validates:
+            self._exporter = Exporter(state, self._dtype, self._sync_every, self._base_dir)
             weights = self._exporter.first(step)
         self._client.start(step, weights, self._counters)
 
@@ -131,8 +139,29 @@ class OnlineFeed:
         """Pairs: the losses that are trained on samples are means over them."""
         return float(self._batch.batch_size)
 
-    def validation_batches(self) -> Iterator[MicroBatch]:
-        return iter(())
+    def evaluate(self, state: TrainState, step: int) -> Validation:
+        """
+        Raises:
+            TrainingError: the curator has failed (online/curator.py).
+        """
+        started = monotonic()
+        lent = self._show(step)
+        found = self._client.evaluate(step)
+        seconds = monotonic() - started
+        if lent and step < self.plan.total_steps:
+            assert self._exporter is not None
+            self._client.published(self._exporter.held)
+        run = state.run
+        far = divergence(state.policy, state.reference, found.answers, run.batch, state.ranks, run.precision)
+        return Validation(found.report() | far, found.judge.report() | {f"{HELD_OUT}seconds": seconds})
+
+    def _show(self, step: int) -> bool:
+        """Let the samplers have the policy after `step` steps; whether it is only lent to them."""
+        if self._exporter is None or step == self._exporter.held.version:
+            return False
+        weights = self._exporter.after(step)
+        self._client.published(weights or self._exporter.lend(step), weights is None)
+        return weights is None
 
     def after_step(self, state: TrainState, step: int) -> None:
         """Hand out the policy after `step` steps, where the samplers are to have it."""

@@ -26,6 +26,7 @@ from dpo_service.errors import DpoServiceError, StopAsked, TrainingError
 from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.online.actors import bundles
 from dpo_service.online.assemble import build_curator, build_feed, start_samplers
+from dpo_service.online.evaluation import Evaluation
 from dpo_service.online.feed import OnlineFeed
 from dpo_service.online.judges.reward_actor import bundles as reward_bundles
 from dpo_service.online.port import Weights
@@ -118,9 +119,15 @@ class CuratorActor:
             made: StepPairs = await self._curator.pairs(step)
             return made
 
-    async def published(self, weights: Weights) -> None:
+    async def published(self, weights: Weights, lent: bool = False) -> None:
         assert self._curator is not None, "this actor was restarted: the trainer has to start it again"
-        await self._curator.published(weights)
+        await self._curator.published(weights, lent)
+
+    async def evaluate(self, step: int) -> Evaluation:
+        assert self._curator is not None, "this actor was restarted: the trainer has to start it again"
+        with _named():
+            found: Evaluation = await self._curator.evaluate(step)
+            return found
 
     async def close(self) -> None:
         if self._curator is not None:
@@ -168,8 +175,12 @@ class RayCurator:
         made: StepPairs = _ask(self._handle.pairs.remote(step))
         return made
 
-    def published(self, weights: Weights) -> None:
-        _ask(self._handle.published.remote(weights))
+    def published(self, weights: Weights, lent: bool = False) -> None:
+        _ask(self._handle.published.remote(weights, lent))
+
+    def evaluate(self, step: int) -> Evaluation:
+        found: Evaluation = _ask(self._handle.evaluate.remote(step))
+        return found
 
 
 def _ask(reply: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Self, TypeVar
 
 from dpo_service.online.curator import Curator
+from dpo_service.online.evaluation import Evaluation
 from dpo_service.online.port import Weights
 from dpo_service.online.steps import StepPairs
 
@@ -30,8 +31,11 @@ class InProcessCurator:
     def pairs(self, step: int) -> StepPairs:
         return self._do(self._curator.pairs(step))
 
-    def published(self, weights: Weights) -> None:
-        self._do(self._curator.published(weights))
+    def published(self, weights: Weights, lent: bool = False) -> None:
+        self._do(self._curator.published(weights, lent))
+
+    def evaluate(self, step: int) -> Evaluation:
+        return self._do(self._curator.evaluate(step))
 
     def __enter__(self) -> Self:
         return self

@@ -77,10 +77,19 @@ class WeightsFolder:
         """Remove older versions. What maps them keeps its pages."""
         for path in self.path.glob("version-*"):
             if int(path.name.removeprefix("version-")[:8]) < version:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
+
+    def drop(self, version: int) -> None:
+        """Remove one version, if it is there."""
+        for path in self.path.glob(f"version-{version:08d}*"):
+            _remove(path)
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def shared_memory(size: int) -> Path | None:

@@ -80,10 +80,13 @@ def collect(entries: Iterable[tuple[object, ...]]) -> Facts:
     return np.fromiter(entries, FACTS)
 
 
-def decide(facts: Facts, *, deduplicate: bool, validation: Facts | None = None) -> Facts:
-    """`facts` with the reasons filled in that depend on other rows: repeated rows, rows that validation holds."""
+def decide(facts: Facts, *, deduplicate: bool, validation: Facts | None = None, held_prompts: bool = False) -> Facts:
+    """`facts` with the reasons filled in that depend on other rows: repeated rows, rows that validation holds; with
+    `held_prompts`, where the policy is to answer them itself, those of its prompts, whatever their answers."""
     facts = facts.copy()
-    if validation is not None:
+    if validation is not None and held_prompts:
+        _mark(facts, np.isin(facts["prompt"], validation["prompt"]), "in_validation")
+    elif validation is not None:
         held = np.concatenate([validation["row"], validation["reverse"][validation["reverse"] != 0]])
         _mark(facts, np.isin(facts["row"], held), "in_validation")
     if deduplicate:

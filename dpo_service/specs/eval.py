@@ -10,22 +10,29 @@ from dpo_service.specs.base import Spec
 from dpo_service.specs.method import RowKind
 
 Better = Literal["lower", "higher"]
-DEFAULT_METRIC = "eval_loss"
-_OF_ALL: dict[str, Better] = {DEFAULT_METRIC: "lower"}
+LOSS = "eval_loss"
+HELD_OUT = "valid/"
+"""What the metrics of held-out prompts begin with, which the policy answers itself."""
+REWARD = f"{HELD_OUT}reward"
 _OF_KIND: dict[RowKind, dict[str, Better]] = {
-    "pairs": {"eval_rewards/accuracies": "higher", "eval_rewards/margins": "higher"},
-    "answers": {"eval_mean_token_accuracy": "higher"},
+    "pairs": {LOSS: "lower", "eval_rewards/accuracies": "higher", "eval_rewards/margins": "higher"},
+    "answers": {LOSS: "lower", "eval_mean_token_accuracy": "higher"},
+    "unpaired": {LOSS: "lower"},
+    "prompts": {REWARD: "higher"},
+    "demonstrations": {},
 }
 
 
 def ranking_metrics(rows: RowKind) -> dict[str, Better]:
-    """The metrics of the validation split by which checkpoints can be ranked, and which way."""
-    return _OF_ALL | _OF_KIND.get(rows, {})
+    """The metrics of the validation split by which checkpoints can be ranked, the default first, and which way. Of
+    demonstrations none: their answers are not judged."""
+    return _OF_KIND[rows]
 
 
 class EvalSpec(Spec):
     split: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training file held out for validation when there is no validation file."""
+    """Share of the training file held out for validation when there is no validation file. Where answers are sampled,
+    of its prompts: the policy answers them, and the judge scores that."""
     every_steps: Annotated[int, Field(ge=1)] | None = None
     """Evaluate every so many steps as well as at the end."""
 
@@ -37,7 +44,8 @@ class CheckpointSpec(Spec):
     keep_best: Annotated[int, Field(ge=0)] = 0
     """Keep as many more, the best by `metric`; every checkpoint is then evaluated."""
     metric: str | None = None
-    """One of the validation split's, as `eval_rewards/accuracies`; None = `eval_loss`."""
+    """One of the validation split's, as `eval_rewards/accuracies`; None = `eval_loss`, or where answers are sampled
+    `valid/reward`."""
     publish: Literal["last", "best"] = "last"
     """Which checkpoint becomes the job's model when it has ended."""
 

@@ -12,7 +12,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.specs.base import AUTO, Auto, Spec
 from dpo_service.specs.data import Truncation
-from dpo_service.specs.eval import CheckpointSpec, EvalSpec, ranking_metrics
+from dpo_service.specs.eval import REWARD, CheckpointSpec, EvalSpec, ranking_metrics
 from dpo_service.specs.judge import JudgeSpec
 from dpo_service.specs.method import MethodSpec, RefreshSpec
 from dpo_service.specs.optim import LrSchedule, OptimizerName
@@ -182,12 +182,17 @@ class JobSpec(Spec):
         metric, known = self.checkpoint.metric, ranking_metrics(self.method.row.rows)
         if self.validation_file is None and self.eval.split == 0:
             raise ValueError("checkpoint.keep_best needs rows to evaluate on; give validation_file or eval.split")
+        if not known:
+            raise ValueError(
+                f"method {self.method.type!r} judges no answers, so nothing says which checkpoint is best; "
+                "remove checkpoint.keep_best"
+            )
         if metric is not None and metric not in known:
             raise ValueError(
                 f"checkpoint.metric {metric!r} ranks no checkpoints of method {self.method.type!r}; "
                 f"use one of {', '.join(known)}"
             )
-        if self.reference_refresh is not None:
+        if self.reference_refresh is not None and REWARD not in known:
             raise ValueError(
                 "checkpoint.keep_best compares evaluations, which a reference that moves makes incomparable; "
                 "remove checkpoint.keep_best or reference_refresh"

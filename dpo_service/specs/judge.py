@@ -173,3 +173,9 @@ JudgeSpec: TypeAlias = Annotated[
     RulesJudgeSpec | PairwiseJudgeSpec | ScoringJudgeSpec | SelfRewardingJudgeSpec | RewardModelJudgeSpec,
     Field(discriminator="kind"),
 ]
+
+
+def only_compares(judge: JudgeSpec | None) -> bool:
+    """It says which answer is better, and not how good one is."""
+    ranks = isinstance(judge, ScoringJudgeSpec) and judge.mode == "ranking"
+    return ranks or isinstance(judge, PairwiseJudgeSpec)

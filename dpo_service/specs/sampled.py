@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from dpo_service.specs.base import AUTO, Auto, Spec
-from dpo_service.specs.judge import JudgeSpec, PairwiseJudgeSpec, ScoringJudgeSpec, SelfRewardingJudgeSpec
+from dpo_service.specs.judge import JudgeSpec, SelfRewardingJudgeSpec, only_compares
 from dpo_service.specs.method import RsoHyperparameters
 
 if TYPE_CHECKING:
@@ -96,16 +96,11 @@ def _of_the_judge(job: JobSpec) -> Iterator[str]:
         yield "method 'self_rewarding' is judged by the policy itself; remove `judge`, or use method 'online'"
     if method == "sppo" and isinstance(judge, SelfRewardingJudgeSpec):
         yield "method 'sppo' needs a judge that does not move with the policy; give another kind of judge"
-    if method == "rso" and _has_no_rewards(judge):
+    if method == "rso" and (only_compares(judge) or isinstance(judge, SelfRewardingJudgeSpec)):
         yield (
             "method 'rso' accepts answers by their reward, and this judge only compares; give a judge of kind "
             "reward_model, rules, or scoring with mode score"
         )
-
-
-def _has_no_rewards(judge: JudgeSpec | None) -> bool:
-    ranks = isinstance(judge, ScoringJudgeSpec) and judge.mode == "ranking"
-    return ranks or isinstance(judge, PairwiseJudgeSpec | SelfRewardingJudgeSpec)
 
 
 def _of_the_answers(job: JobSpec) -> Iterator[str]:
@@ -159,8 +154,11 @@ def _of_the_training(job: JobSpec) -> Iterator[str]:
             f"the reference of method {method!r} is its previous iterate; remove reference_refresh, and say how often "
             "with sampling.iteration_steps"
         )
-    if job.validation_file is not None or job.eval.split > 0:
-        yield f"method {method!r} has no pairs to hold out; remove validation_file and eval.split"
+    if job.checkpoint.keep_best and isinstance(judge_of(job), SelfRewardingJudgeSpec):
+        yield (
+            "checkpoint.keep_best compares what the judge says of checkpoints, and this judge is each of them in turn; "
+            "remove checkpoint.keep_best, or use method 'online' with another kind of judge"
+        )
     if job.resources.strategy == "fsdp":
         yield f"method {method!r} hands whole weights to its samplers; set resources.strategy to ddp"
     if job.precision == "pure_bfloat16":

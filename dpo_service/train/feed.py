@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,9 +25,8 @@ from dpo_service.train.batch import MicroBatch, collate
 from dpo_service.train.losses import DIVISOR
 from dpo_service.train.ranks import Ranks
 from dpo_service.train.rows import RowTable
-
-if TYPE_CHECKING:
-    from dpo_service.train.step import TrainState
+from dpo_service.train.step import TrainState
+from dpo_service.train.validation import Validation, over_rows
 
 
 class StepPlan(Protocol):
@@ -67,7 +66,10 @@ class StepFeed(Protocol):
 
     def batches(self, step: int) -> list[MicroBatch]: ...
     def divisor(self, step: int) -> float: ...
-    def validation_batches(self) -> Iterator[MicroBatch]: ...
+    def evaluate(self, state: TrainState, step: int) -> Validation:
+        """The validation split under the policy after `step` steps. Called on every rank, where `validates`."""
+        ...
+
     def after_step(self, state: TrainState, step: int) -> None:
         """On every rank; `step` steps are done now."""
         ...
@@ -151,6 +153,9 @@ class Feed:
         """What the step's summed loss is divided by, over all ranks: its rows, or its (chosen) answers' tokens."""
         rows = self.plan.rows(step)
         return float(len(rows) if DIVISOR[self._run.loss.name] == "rows" else self._answer_tokens[rows].sum())
+
+    def evaluate(self, state: TrainState, step: int) -> Validation:
+        return over_rows(state, self.validation_batches)
 
     def validation_batches(self) -> Iterator[MicroBatch]:
         """This rank's share of the validation split, rows of like length together."""

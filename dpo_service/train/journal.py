@@ -10,6 +10,7 @@ import torch
 
 from dpo_service.clock import monotonic
 from dpo_service.manifests.checkpoint import EVALUATED_AT
+from dpo_service.specs.eval import HELD_OUT
 from dpo_service.specs.run import RunSpec
 from dpo_service.train import metrics
 from dpo_service.train.alarms import SUMS, Alarms, Settings
@@ -17,6 +18,7 @@ from dpo_service.train.flops import matrix_rate
 from dpo_service.train.optim import warmup_steps
 from dpo_service.train.ranks import Ranks
 from dpo_service.train.step import StepResult
+from dpo_service.train.validation import Validation
 
 
 class Reports(Protocol):
@@ -58,7 +60,8 @@ class Journal:
         self._told_tokens = 0
         """Trained on since the run began, those of the window left out."""
         self.latest: dict[str, float] = {}
-        """The newest value of every metric; those of the validation split carry the prefix `eval_`."""
+        """The newest value of every metric; those of the validation split carry the prefix `eval_`, of
+        held-out prompts `valid/`."""
 
     def message(self, text: str, **data: Any) -> None:
         if self._reports is not None:
@@ -107,11 +110,13 @@ class Journal:
                     step=step,
                 )
 
-    def tell_validation(self, step: int, sums: dict[str, float], seconds: float) -> None:
-        values = metrics.means(sums, self._run.loss.name)
-        self.latest |= {EVALUATED_AT: float(step)} | {f"eval_{name}": value for name, value in values.items()}
+    def tell_validation(self, step: int, found: Validation) -> None:
+        """What this evaluation has not measured is not known any more."""
+        kept = {name if name.startswith(HELD_OUT) else f"eval_{name}": value for name, value in found.values.items()}
+        before = {name: value for name, value in self.latest.items() if not name.startswith((HELD_OUT, "eval_"))}
+        self.latest = before | {EVALUATED_AT: float(step)} | kept
         if self._reports is not None:
-            values |= metrics.rates(sums, seconds)
+            values = found.values | found.work
             text = metrics.sentence(step, self._total_steps, "validation", values)
             self._reports.metrics("eval", step, values, text)
 

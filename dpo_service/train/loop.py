@@ -21,11 +21,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dpo_service.clock import monotonic
 from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.specs.run import RunSpec
 from dpo_service.storage.store import Store
-from dpo_service.train import metrics
 from dpo_service.train.feed import Feed, StepFeed
 from dpo_service.train.journal import Journal, Reports
 from dpo_service.train.logprobs import packs, padded_because
@@ -33,7 +31,7 @@ from dpo_service.train.policy import base_of
 from dpo_service.train.ranks import Ranks
 from dpo_service.train.saver import Saver
 from dpo_service.train.start import agreed_checkpoint, build_state, check_reference, counters_of
-from dpo_service.train.step import baseline_of, evaluate_batch, train_step
+from dpo_service.train.step import train_step
 
 
 @dataclass(frozen=True)
@@ -178,20 +176,12 @@ class _Training:
             self._journal.tell(self._step, result, self._feed.metrics())
 
     def _evaluate(self) -> None:
-        """Over the whole validation split."""
+        """Over the whole validation split. On sampled pairs: held-out prompts, which the policy of now answers."""
         if not self._feed.validates:
             return
         self._state.guard.check()
         with self._journal.not_training():
-            started = monotonic()
-            sums = metrics.empty(self._run.trained_rows, self._ranks.device)
-            baseline = baseline_of(self._state, self._feed.validation_batches())
-            for batch in self._feed.validation_batches():
-                values = evaluate_batch(self._state, batch, baseline)
-                if not batch.blank:
-                    sums.add(values)
-            self._ranks.sum_tensor(sums.values_N)
-            self._journal.tell_validation(self._step, sums.read(), monotonic() - started)
+            self._journal.tell_validation(self._step, self._feed.evaluate(self._state, self._step))
 
     def _save(self) -> None:
         self._state.guard.check()

@@ -227,13 +227,18 @@ def peak_memory_gib(device: torch.device) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
+_IN_WORDS = {
+    "loss": ("loss", ".4f"),
+    "rewards/accuracies": ("reward accuracy", ".2f"),
+    "rewards/margins": ("margin", ".3f"),
+    "mean_token_accuracy": ("token accuracy", ".2f"),
+    "valid/reward": ("reward", ".3f"),
+    "valid/finished_share": ("finished", ".2f"),
+    "valid/kl": ("KL", ".3f"),
+}
+
+
 def sentence(step: int, total: int, split: str, values: Mapping[str, float]) -> str:
     """One line for a person: `Step 5/20: training loss=0.61, reward accuracy=0.75`."""
-    text = f"Step {step}/{total}: {split} loss={values['loss']:.4f}"
-    if "rewards/accuracies" in values:
-        text += f", reward accuracy={values['rewards/accuracies']:.2f}"
-    if "rewards/margins" in values:
-        text += f", margin={values['rewards/margins']:.3f}"
-    if "mean_token_accuracy" in values:
-        text += f", token accuracy={values['mean_token_accuracy']:.2f}"
-    return text
+    told = [f"{words}={values[name]:{form}}" for name, (words, form) in _IN_WORDS.items() if name in values]
+    return f"Step {step}/{total}: {split} {', '.join(told)}"

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dpo_service.checkpoint.format import STATE, CheckpointFacts, publish
 from dpo_service.checkpoint.load import Checkpoint
@@ -91,13 +91,18 @@ class Saver:
         run = self._state.run
         if run.keep_best is None or not run.keep_best.publish or not self._state.ranks.first:
             return self.newest
-        best = ranked(self._store, run.job_id, run.keep_best)[0]
-        if self._reports is not None:
-            self._reports.message(
-                f"The best checkpoint is that of step {best.step}: "
-                f"{run.keep_best.metric} {best.metrics[run.keep_best.metric]:.4f}"
-            )
+        found = ranked(self._store, run.job_id, run.keep_best)
+        if not found:
+            self._tell(f"No checkpoint could be ranked by {run.keep_best.metric}: the last is published", level="warn")
+            return self.newest
+        best = found[0]
+        value = best.metrics[run.keep_best.metric]
+        self._tell(f"The best checkpoint is that of step {best.step}: {run.keep_best.metric} {value:.4f}")
         return paths.checkpoint_dir(run.job_id, best.step), best.digest
+
+    def _tell(self, text: str, level: Literal["info", "warn"] = "info") -> None:
+        if self._reports is not None:
+            self._reports.message(text, level=level)
 
     def close(self) -> None:
         """Let the checkpoint under way be finished, whatever became of the run."""

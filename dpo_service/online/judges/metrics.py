@@ -125,6 +125,11 @@ class Counted:
         self.sums.note(verdict)
         return verdict
 
+    @property
+    def uncounted(self) -> Judge:
+        """The judge itself."""
+        return self._judge
+
     def take(self) -> JudgeSums:
         """The sums since the last call."""
         sums, self.sums = self.sums, JudgeSums()

@@ -272,6 +272,25 @@ def test_prompts_become_a_dataset_with_what_judges_read(stage):
     assert (table[3].reference, dict(table[3].row), table[3].answer_ids) == ("3", {"answer": "3", "level": 3}, ())
 
 
+def test_held_out_prompts_come_with_what_judges_read(stage):
+    rows = [{"messages": pair(n)["prompt"], "answer": str(n)} for n in range(10)]
+    stage.store.write("files/m", "\n".join(json.dumps(pair(number)) for number in range(2, 9)).encode())
+    sampled = {"rows": "prompts", "answer_room": 64, "mix_file": "files/m", "mix_name": "m.jsonl", "scorer": None}
+    manifest = stage(rows, validation=rows[:3], **sampled)
+    assert (manifest.train.rows, manifest.validation.rows, manifest.mix.rows) == (7, 3, 6)
+    held = PromptTable.load(stage.store, manifest.validation)
+    assert [(row.text, row.reference) for row in (held[place] for place in range(3))] == [
+        (tuple(row["messages"]), row["answer"]) for row in rows[:3]
+    ]
+    split = stage(rows, eval_split=0.4, job="split", **sampled)
+    assert (split.train.rows, split.validation.rows) == (6, 4)
+    lines = [set(stage.table(part)["line"].to_pylist()) for part in (split.train, split.validation)]
+    assert lines[0] | lines[1] == set(range(1, 11))
+    texts = [stage.table(part)["prompt"].to_pylist() for part in (split.validation, split.mix)]
+    assert split.mix.rows < 7
+    assert not any(prompt in texts[1] for prompt in texts[0])
+
+
 def test_demonstrations_have_their_answers_in_tokens(stage):
     manifest = stage([pair(number) for number in range(6)], scorer=None, rows="demonstrations", answer_room=16)
     table = PromptTable.load(stage.store, manifest.train)

@@ -327,6 +327,44 @@ async def test_prompts_are_admitted_with_room_for_their_answers(ready: World) ->
     assert (run.data.rows, run.online.judge) == ("demonstrations", None)
 
 
+ENDPOINT = {"base_url": "http://localhost:8000/v1", "model": "judge"}
+COMPARES = {"kind": "pairwise", "endpoint": ENDPOINT}
+RANKS = {"kind": "scoring", "mode": "ranking", "endpoint": ENDPOINT}
+
+
+async def test_held_out_prompts_are_not_trained_on(ready: World) -> None:
+    online = {"method": {"type": "online"}, "judge": MATCH, "checkpoint": {"keep_best": 2, "publish": "best"}}
+    run, report = await ask(ready, PROMPTS, validation_file=await upload(ready, PROMPTS[:3]), **online)
+    assert (report.kept, run.data.eval_split, run.data.validation_name) == (9, 0, "rows.jsonl")
+    best = run.keep_best
+    assert (best.keep, best.metric, best.better, best.publish) == (2, "valid/reward", "higher", True)
+    run, report = await ask(ready, PROMPTS, eval={"split": 0.25, "every_steps": 2}, **online)
+    assert (report.kept, run.data.eval_split, run.eval_every_steps) == (12, 0.25, 2)
+    others = [row | {"completion": "It may be so."} for row in ANSWERS[:3]]
+    _, report = await ask(ready, PAIRS, method={"type": "spin"}, validation_file=await upload(ready, others))
+    assert report.kept == 9, "the prompts, whatever their answers"
+    pairs = [row | {"prompt": PROMPTS[0]["messages"]} for row in CHATS]
+    with pytest.raises(InvalidData, match="in validation") as refused:
+        held = await upload(ready, PROMPTS[:3])
+        await ask(ready, PROMPTS, validation_file=held, mix={"file": await upload(ready, pairs)}, **online)
+    assert refused.value.param == "mix.file"
+
+
+@pytest.mark.parametrize("judge", [MATCH, COMPARES, RANKS], ids=["match", "compares", "ranks"])
+async def test_a_judge_that_compares_needs_an_answer_of_a_held_out_row(ready: World, judge: dict[str, Any]) -> None:
+    online = {"method": {"type": "online"}, "judge": judge}
+    bare = [{"messages": [{"role": "user", "content": f"Why {n}?"}]} for n in range(4)]
+    with pytest.raises(InvalidSpec, match="give the rows an `answer`, or remove validation_file") as refused:
+        await ask(ready, PROMPTS, validation_file=await upload(ready, bare), **online)
+    assert refused.value.param == "validation_file"
+    one = [*bare, bare[0] | {"answer": "so"}]
+    await ask(ready, PROMPTS, validation_file=await upload(ready, one), **online)
+    if judge is not MATCH:  # which needs answers to train on, too
+        with pytest.raises(InvalidSpec, match=r"or remove eval\.split"):
+            await ask(ready, bare, eval={"split": 0.25}, **online)
+    await ask(ready, bare, eval={"split": 0.25}, method={"type": "online"}, judge=RULES)
+
+
 async def test_a_mix_needs_pairs(ready: World) -> None:
     online = {"method": {"type": "online"}, "judge": MATCH}
     run, _ = await ask(ready, PROMPTS, mix={"file": await upload(ready, PAIRS)}, **online)

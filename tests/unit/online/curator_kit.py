@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from dpo_service.online.curator import Curator, CuratorPlan
+from dpo_service.online.evaluation import HeldOut, Question
 from dpo_service.online.judges.metrics import Counted
 from dpo_service.online.judges.port import Verdict
 from dpo_service.online.port import Sample, Synced, Weights
@@ -85,10 +86,13 @@ class KeptSamples:
 
 
 class Loop:
-    """A curator and what it was given."""
+    """A curator and what it was given. Held-out prompts, if asked for, are the tokens [index] from 100 on."""
 
-    def __init__(self, *, judge=None, choose="best_worst", n=3, total_steps=100, size=4, **plan):
+    def __init__(self, *, held_out=0, judge=None, choose="best_worst", n=3, total_steps=100, size=4, **plan):
         self.sampler, self.judge, self.kept = ScriptedSampler(), judge or ScriptedJudge(), KeptSamples()
+        self.valid_judge, options = ScriptedJudge(), SamplingSpec(n=1, max_tokens=8)
+        question = Question(options, 7, lambda ids: " ".join(map(str, ids)), chunk=2)
+        rows = [PromptRow(100 + row, (100 + row,), f"prompt {row}", None, {}) for row in range(held_out)]
         self.curator = Curator(
             CuratorPlan(total_steps=total_steps, pairs_per_step=size, seed=7, **plan),
             SomePrompts(),
@@ -97,7 +101,17 @@ class Loop:
             SamplingSpec(n=n, max_tokens=8),
             lambda ids: " ".join(map(str, ids)),
             self.kept,
+            HeldOut(rows, self.valid_judge, question) if held_out else None,
         )
+
+    async def evaluation(self, step):
+        """Fails, where it would wait for ever."""
+        return await asyncio.wait_for(self.curator.evaluate(step), 20)
+
+    def asked(self, *, held_out):
+        """The prompts that the sampler was asked, with the versions that answered them."""
+        told = zip(self.sampler.prompts, self.sampler.versions, strict=True)
+        return [(prompt, version) for prompt, version in told if (prompt.token_ids[0] >= 100) == held_out]
 
     async def start(self, step=0, counters=None):
         await self.curator.start(step, version(step), counters or {})

@@ -9,6 +9,16 @@ import pytest
 from dpo_service.errors import JudgeError, SamplerLost, TooFewVerdicts, TrainingError, WeightsRefused
 from tests.unit.online.curator_kit import Loop, ScriptedJudge, settle, version
 
+TIMES = dict.fromkeys(
+    [
+        "online/sample_seconds",
+        "online/judge_seconds",
+        "online/sampled_tokens_per_second",
+        *(f"judge/seconds_p{share}" for share in (50, 90, 99)),
+    ]
+)
+"""What differs between two runs of the same."""
+
 
 def run(test):
     asyncio.run(asyncio.wait_for(test, 60))
@@ -231,5 +241,109 @@ def test_closed_it_leaves_no_task():
         assert asyncio.all_tasks() == before
         assert loop.sampler.closed
         assert loop.judge.closed
+
+    run(test())
+
+
+def test_held_out_prompts_are_answered_by_the_policy_of_now():
+    async def test():
+        loop = Loop(held_out=3, staleness=0)
+        await loop.start()
+        for step in range(3):
+            first, second = await loop.evaluation(step), await loop.evaluation(step)
+            assert first is second, "every rank asks, and it is done once"
+            assert [one.sample.version for one in first.answers] == [step] * 3
+            assert (first.reward, first.judge.verdicts) == (0.0, 3)
+            await loop.pairs(step)
+            await loop.trained(step)
+        await loop.curator.close()
+
+    run(test())
+
+
+@pytest.mark.parametrize(("sync_every", "held"), [(None, 0), (4, 0)])
+def test_lent_weights_answer_held_out_prompts_and_nothing_is_trained_on_them(sync_every, held):
+    async def test():
+        loop = Loop(held_out=3, staleness=2, sync_every=sync_every)
+        await loop.curator.start(0, version(0), {})
+        loop.sampler.held.clear()
+        await loop.sampler.asked.wait()
+        waiting = asyncio.create_task(loop.evaluation(2))
+        await loop.curator.published(version(2), lent=True)
+        await settle()
+        assert loop.sampler.current == 0, "the step under way is not sampled from two policies"
+        loop.sampler.held.set()
+        assert [one.sample.version for one in (await waiting).answers] == [2, 2, 2]
+        await settle()
+        steps = len(loop.kept.steps)
+        assert steps == 1, "room for two more, and weights that are not to be trained on"
+        await loop.curator.published(version(held))
+        for step in range(4):
+            made = await loop.pairs(step)
+            assert {row.version for row in made.rows} == {held}
+            assert made.stats.sync_seconds == 0, "what an evaluation takes is not training's"
+        assert loop.sampler.current == held
+        await loop.curator.close()
+
+    run(test())
+
+
+def test_evaluated_or_not_the_training_is_the_same():
+    async def made(every):
+        loop = Loop(judge=ScriptedJudge(ties=[1, 2]), held_out=5, staleness=0)
+        await loop.start()
+        steps = []
+        for step in range(4):
+            if every and step % every == 0:
+                await loop.evaluation(step)
+            steps.append(await loop.pairs(step))
+            await loop.trained(step)
+        await loop.curator.close()
+        counted = [(step.rows, step.counters, step.stats.report() | TIMES) for step in steps]
+        return counted, loop.asked(held_out=False), loop.asked(held_out=True), loop.kept.steps
+
+    async def test():
+        with_it, without = await made(2), await made(None)
+        assert with_it[:2] == without[:2]
+        assert with_it[3] == without[3]
+        assert (len(with_it[2]), len(without[2])) == (10, 0)
+        seeds = [[prompt.seed for prompt, version in with_it[2] if version == step] for step in (0, 2)]
+        assert sorted(seeds[0]) == sorted(seeds[1]), "the same dice each time"
+
+    run(test())
+
+
+def test_an_error_in_an_evaluation_reaches_who_asked():
+    async def test():
+        loop = Loop(held_out=3, staleness=0)
+        loop.valid_judge.fails = JudgeError("a wrong key")
+        await loop.start()
+        with pytest.raises(JudgeError, match="wrong key"):
+            await loop.evaluation(0)
+        loop.valid_judge.fails = KeyError("x")
+        await loop.start()
+        with pytest.raises(TrainingError, match="KeyError"):
+            await loop.evaluation(0)
+        await loop.start()
+        await loop.pairs(0)
+        loop.sampler.refuses = WeightsRefused("torn")
+        await loop.curator.published(version(1), lent=True)
+        with pytest.raises(WeightsRefused):
+            await loop.evaluation(1)
+        await loop.curator.close()
+
+    run(test())
+
+
+def test_started_again_lent_weights_are_given_back():
+    async def test():
+        loop = Loop(held_out=3, staleness=0, sync_every=None)
+        await loop.start()
+        await loop.pairs(0)
+        await loop.curator.published(version(1), lent=True)
+        await loop.evaluation(1)
+        await loop.curator.start(0, version(0), {})
+        assert {row.version for row in (await loop.pairs(0)).rows} == {0}
+        await loop.curator.close()
 
     run(test())

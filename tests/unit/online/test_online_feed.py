@@ -10,19 +10,22 @@ import pytest
 import torch
 
 from dpo_service.online.curator import Curator, CuratorPlan
+from dpo_service.online.evaluation import HeldOut, Question
 from dpo_service.online.fake_sampler import FakeSampler
 from dpo_service.online.feed import OnlineFeed, OnlinePlan
 from dpo_service.online.inprocess import InProcessCurator
 from dpo_service.online.judges.metrics import Counted
 from dpo_service.online.judges.port import Verdict
+from dpo_service.online.prompts import PromptRow
 from dpo_service.online.sources import Judged
 from dpo_service.specs.adapter import LoraSpec
+from dpo_service.specs.eval import BestSpec
 from dpo_service.specs.method import RefreshSpec
 from dpo_service.specs.pairing import PairingSpec
 from dpo_service.specs.sampling import SamplerSpec, SamplingSpec
 from dpo_service.train.ranks import Ranks
 from tests.unit.online.curator_kit import KeptSamples, SomePrompts
-from tests.unit.train.training_kit import build_model, make_job
+from tests.unit.train.training_kit import build_model, make_job, same, weights
 
 SIZE = 8
 LIKED = range(100)
@@ -58,12 +61,18 @@ class Reports:
     """Keeps the metrics."""
 
     def __init__(self):
-        self.told = []
+        self.told, self.valid, self.messages = [], {}, []
 
     def metrics(self, split, step, values, text):
-        self.told.append(values)
+        if split == "eval":
+            self.valid[step] = values
+            self.messages.append(text)
+        else:
+            self.told.append(values)
 
-    def message(self, *_, **__): ...
+    def message(self, text, **__):
+        self.messages.append(text)
+
     def checkpoint(self, *_): ...
     def reference(self, *_): ...
     def progress(self, *_): ...
@@ -76,8 +85,8 @@ def online_job(root, model_dir, *, steps, **options):
     return job
 
 
-def trained(job, *, staleness=0, sync_every=1, sampler=None, reports=None, kept=None, **options):
-    """The job's run on sampled pairs, and its outcome."""
+def trained(job, *, staleness=0, sync_every=1, sampler=None, reports=None, kept=None, held_out=0, **options):
+    """The job's run on sampled pairs, and its outcome; `held_out` prompts are evaluated."""
     run, total = job.run, job.run.batch.max_steps
     spec = SamplerSpec(dtype="float32", lora_rank=8 if run.lora else None)
 
@@ -90,10 +99,13 @@ def trained(job, *, staleness=0, sync_every=1, sampler=None, reports=None, kept=
             SamplingSpec(n=4, max_tokens=4),
             lambda ids: " ".join(map(str, ids)),
             kept,
+            HeldOut(rows, Likes(), Question(SamplingSpec(n=1, max_tokens=4), 3, str)) if rows else None,
         )
 
+    rows = [PromptRow(index, (40 + index, 41), "a prompt", None, {}) for index in range(held_out)]
+    evaluated = {"validates": held_out > 0, "base_dir": job.model_dir}
     with InProcessCurator(make) as client:
-        feed = OnlineFeed(client, OnlinePlan(2, total), run.batch, Ranks(), sync_every=sync_every)
+        feed = OnlineFeed(client, OnlinePlan(2, total), run.batch, Ranks(), sync_every=sync_every, **evaluated)
         return job.train(feed=feed, reports=reports, **options)
 
 
@@ -147,6 +159,75 @@ def test_resumed_within_an_iteration_it_samples_from_the_iterate(tmp_path, model
     second = trained(job, sync_every=2)
     assert second.metrics["rewards/margins"] == whole.metrics["rewards/margins"]
     assert second.metrics["online/reward"] == whole.metrics["online/reward"]
+
+
+WAYS = {
+    "step": ({}, {}),
+    "iteration": ({"refresh": RefreshSpec(every_steps=2)}, {"sync_every": 2}),
+    "iteration-lora": ({"refresh": RefreshSpec(every_steps=2), "lora": LoraSpec(rank=8)}, {"sync_every": 2}),
+    "never": ({}, {"sync_every": None}),
+    "never-lora": ({"lora": LoraSpec(rank=8)}, {"sync_every": None}),
+}
+"""How samplers follow: options of the job, and of its run."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_evaluated_after_every_step_and_resumed_it_is_the_unbroken_run_without(tmp_path, model_dir, way):
+    of_job, of_run = WAYS[way]
+    plain = online_job(tmp_path / "plain", model_dir, steps=4, **of_job)
+    trained(plain, **of_run)
+    job, reports = online_job(tmp_path / "evaluated", model_dir, steps=4, eval_every_steps=1, **of_job), Reports()
+    asked = iter([False] * 3 + [True])
+    assert trained(job, held_out=4, reports=reports, stop=lambda: next(asked), **of_run).steps == 3
+    trained(job, held_out=4, reports=reports, **of_run)
+    assert all(same(one, other) for one, other in zip(weights(job), weights(plain), strict=True))
+    assert sorted(reports.valid) == [0, 1, 2, 3, 4]
+    assert max(values["valid/logp_gap"] for values in reports.valid.values()) < 1e-4, "the policy of now has answered"
+    assert abs(reports.valid[0]["valid/kl"]) < 1e-5 < abs(reports.valid[4]["valid/kl"])
+
+
+def test_an_evaluation_says_reward_and_distance_from_the_reference(tmp_path, model_dir):
+    job = online_job(tmp_path, model_dir, steps=12, learning_rate=1e-2, eval_every_steps=4)
+    reports, without = Reports(), Reports()
+    outcome = trained(job, held_out=24, reports=reports)
+    trained(online_job(tmp_path / "without", model_dir, steps=12, learning_rate=1e-2), reports=without)
+    first, last = reports.valid[0], reports.valid[12]
+    assert set(first) >= {"valid/reward", "valid/finished_share", "valid/answer_tokens", "valid/kl", "judge/verdicts"}
+    assert (abs(first["valid/kl"]) < 1e-5, first["judge/verdicts"]) == (True, 24)
+    assert last["valid/kl"] > 0.1
+    assert last["valid/reward"] > first["valid/reward"]
+    assert outcome.metrics["valid/reward"] == last["valid/reward"]
+    assert any(text.startswith("Step 12/12: validation reward=") for text in reports.messages)
+    counts = ("judge/verdicts", "online/valid_share", "online/reward", "online/answer_tokens", "num_tokens")
+    assert [[told[name] for name in counts] for told in reports.told] == [
+        [told[name] for name in counts] for told in without.told
+    ]
+
+
+def test_the_best_by_reward_is_published(tmp_path, model_dir):
+    best = BestSpec(keep=1, metric="valid/reward", better="higher", publish=True)
+    job = online_job(
+        tmp_path, model_dir, steps=4, learning_rate=1e-2, save_every_steps=1, keep_checkpoints=1, keep_best=best
+    )
+    reports = Reports()
+    outcome = trained(job, held_out=6, reports=reports)
+    rewards = {step: values["valid/reward"] for step, values in reports.valid.items() if step}
+    highest = max(rewards, key=lambda step: (rewards[step], -step))
+    assert outcome.checkpoint.endswith(f"step-{highest:08d}")
+
+
+def test_without_a_scored_answer_the_last_checkpoint_is_published(tmp_path, model_dir, monkeypatch):
+    async def nothing(self, request):
+        few = len(request.answers) == 1
+        return Verdict("likes", tuple(None if few else liked(one.token_ids) for one in request.answers))
+
+    monkeypatch.setattr(Likes, "judge", nothing)
+    best = BestSpec(keep=1, metric="valid/reward", better="higher", publish=True)
+    job, reports = online_job(tmp_path, model_dir, steps=2, keep_best=best), Reports()
+    outcome = trained(job, held_out=2, reports=reports)
+    assert outcome.checkpoint.endswith("step-00000002")
+    assert any("No checkpoint could be ranked by valid/reward" in text for text in reports.messages)
+    assert reports.valid[2]["valid/missing/abstained"] == 2
 
 
 def test_no_weights_are_left_in_shared_memory(tmp_path, model_dir):

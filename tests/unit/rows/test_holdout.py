@@ -55,3 +55,9 @@ def test_rows_that_validation_holds_do_not_train_in_either_order():
     decided = decide(training, deduplicate=True, validation=validation)
     assert decided["reason"].tolist() == [5, 5, 0, 4]
     assert training["reason"].tolist() == [0, 0, 0, 0]
+
+
+def test_held_out_prompts_are_not_trained_on_with_another_answer_either():
+    training = facts_of([1, 2, 3, 3], rows=[10, 20, 30, 31])
+    decided = decide(training, deduplicate=True, validation=facts_of([1, 3], rows=[11, 32]), held_prompts=True)
+    assert decided["reason"].tolist() == [5, 0, 5, 5]

@@ -16,6 +16,7 @@ ENDPOINT = {"base_url": "http://localhost:8000/v1", "model": "judge"}
 PAIRWISE = {"kind": "pairwise", "endpoint": ENDPOINT}
 RANKING = {"kind": "scoring", "mode": "ranking", "endpoint": ENDPOINT}
 SELF = {"kind": "self_rewarding"}
+BEST = {"eval": {"split": 0.2}, "checkpoint": {"keep_best": 1}}
 SAMPLED = tuple(name for name, row in METHODS.items() if row.pairs == "samples")
 
 
@@ -48,8 +49,9 @@ def test_a_method_on_a_file_takes_nothing_of_samples(field):
     ("fields", "says"),
     [
         ({"reference": "cached"}, "computed live; remove `reference`"),
-        ({"eval": {"split": 0.1}}, "no pairs to hold out"),
-        ({"validation_file": "file-2"}, "no pairs to hold out"),
+        ({"eval": {"split": 0.1}, "checkpoint": {"keep_best": 1, "metric": "eval_loss"}}, "eval_loss|keep_best"),
+        ({"checkpoint": {"keep_best": 1}}, "needs rows to evaluate on"),
+        ({"eval": {"every_steps": 2}}, "needs rows to evaluate on"),
         ({"resources": {"strategy": "fsdp", "workers": 2}}, "set resources.strategy to ddp"),
         ({"precision": "pure_bfloat16"}, "float32 or bfloat16"),
         ({"lora": {"dora": True}}, "remove lora.dora"),
@@ -85,6 +87,9 @@ def test_no_sampled_method_takes_it(method, fields, says):
         ("sppo", {"judge": RULES, "sampling": {"staleness": 0}}, "remove sampling.staleness"),
         ("sppo", {"judge": RULES, "reference_refresh": {"every_steps": 5}}, "with sampling.iteration_steps"),
         ("self_rewarding", {"judge": RULES}, "judged by the policy itself"),
+        ("self_rewarding", BEST, "this judge is each of them in turn; remove checkpoint.keep_best"),
+        ("online", {"judge": SELF, **BEST}, "this judge is each of them in turn; remove checkpoint.keep_best"),
+        ("spin", BEST, "judges no answers.*remove checkpoint.keep_best"),
     ],
 )
 def test_what_a_source_cannot_use_is_refused_with_the_mend(method, fields, says):
@@ -131,3 +136,17 @@ def test_each_method_has_its_own_numbers(method, own, says):
 def test_the_training_step_gets_a_loss_and_no_method(method, own, loss, beta):
     decided = job(method, own, **judged(method)).method.loss
     assert (decided.name, decided.beta) == (loss, beta)
+
+
+@pytest.mark.parametrize("method", SAMPLED)
+def test_prompts_can_be_held_out(method):
+    assert job(method, **judged(method), eval={"split": 0.2, "every_steps": 5}).eval.split == 0.2
+    assert job(method, **judged(method), validation_file="file-2").validation_file == "file-2"
+
+
+@pytest.mark.parametrize("method", ["online", "rso", "sppo"])
+def test_the_best_checkpoint_is_that_of_the_highest_reward(method):
+    best = {"checkpoint": {"keep_best": 2, "metric": "valid/reward", "publish": "best"}}
+    assert job(method, **judged(method), **(BEST | best)).checkpoint.metric == "valid/reward"
+    moving = {"reference_refresh": {"every_steps": 5}} if method == "online" else {}
+    assert job(method, **judged(method), **BEST, **moving).checkpoint.keep_best == 1, "a judge's score has no reference"
