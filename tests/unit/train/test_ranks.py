@@ -217,7 +217,7 @@ def test_pure_bfloat16_on_two_ranks_follows_one(pairs, strategy, tmp_path):
 
 @pytest.mark.long  # the compiler takes a minute on two cores
 def test_compiled_layers_are_sharded(tmp_path, model_dir):
-    options = OPTIONS | {"resources": FSDP, "reference": "live", "lora": LORA, "activation_checkpointing": True}
+    options = OPTIONS | {"resources": FSDP, "activation_checkpointing": True}
     plain = make_job(tmp_path / "one", model_dir, **options)
     compiled = make_job(tmp_path / "two", model_dir, compile=True, **options)
     alone = Recorder()
