@@ -16,8 +16,8 @@ from dpo_service.storage.store import Store
 
 
 def prune(store: Store, job_id: str, *, keep: int, newest: int, best: BestSpec | None = None) -> list[int]:
-    """Delete all but the last `keep` and the `best` checkpoints of a job, and what crashes left; returns the deleted
-    steps.
+    """Delete all but the last `keep` and the `best` checkpoints of a job and those in use, and what crashes left;
+    returns the deleted steps.
 
     `newest` is the step just published: it stays even where damaged ones of later steps, passed over at resume and
     about to be written again, fill the quota.
@@ -28,11 +28,15 @@ def prune(store: Store, job_id: str, *, keep: int, newest: int, best: BestSpec |
         stay |= {
             store.path(paths.checkpoint_dir(job_id, made.step)) for made in ranked(store, job_id, best)[: best.keep]
         }
-    doomed = [path for path in directories if path not in stay]
+    doomed = [path for path in directories if path not in stay and not _in_use(store, path)]
     leftovers = store.path(paths.checkpoints_dir(job_id)).glob(".step-*.tmp")
     for directory in [*doomed, *leftovers]:
         shutil.rmtree(directory, ignore_errors=True)
     return [int(directory.name.removeprefix("step-")) for directory in doomed]
+
+
+def _in_use(store: Store, directory: Path) -> bool:
+    return store.exists(paths.keep_flag(store.key(directory)))
 
 
 def ranked(store: Store, job_id: str, best: BestSpec) -> Sequence[CheckpointManifest]:

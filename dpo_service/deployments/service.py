@@ -10,7 +10,7 @@ from dpo_service.db.session import Database
 from dpo_service.deployments import repository
 from dpo_service.deployments.tables import Deployment, DeploymentState
 from dpo_service.errors import ClusterError, InvalidSpec, Unavailable
-from dpo_service.registry.models import ModelFacts, resolve
+from dpo_service.registry.models import ModelFacts, keep, resolve
 from dpo_service.settings import Settings
 from dpo_service.specs.run import ModelSource
 from dpo_service.specs.serve import EngineRequest
@@ -46,6 +46,7 @@ async def create(
     facts = await resolve(model, database=database, store=store, settings=settings)
     _require_length(engine, facts)
     await _require_gpus(engine, cluster)
+    await keep(facts.source, store)
     for last_try in (False, True):
         try:
             async with database.begin() as session:

@@ -27,7 +27,7 @@ from dpo_service.jobs import choices, sampled_checks, sampled_choices
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.planning.workload import Lengths
 from dpo_service.registry import files
-from dpo_service.registry.models import ModelFacts, resolve, resolve_reward_model
+from dpo_service.registry.models import ModelFacts, keep, resolve, resolve_reward_model
 from dpo_service.registry.tables import File
 from dpo_service.rows.balance import notes
 from dpo_service.rows.check import MIN_ROWS, examine, require_rows
@@ -120,6 +120,7 @@ async def admit(
     found = await asyncio.to_thread(
         consider, spec, model, named, lambda file: store.path(file.key), reward_model=reward_model
     )
+    await keep(model.source, store)
     return found.run, found.report
 
 

@@ -70,6 +70,22 @@ async def resolve(name: str, *, database: Database, store: Store, settings: Sett
     return await facts_of(found.source, found.directory, digest=found.digest, weights_here=found.weights_here)
 
 
+async def keep(source: ModelSource, store: Store) -> None:
+    """Have a job's retention leave the checkpoint that is this model, if it is one: it is about to be used.
+
+    Raises:
+        ModelNotFound: it has just been deleted.
+    """
+    if source.key is None:
+        return
+    await asyncio.to_thread(store.write, paths.keep_flag(source.key.rpartition("/")[0]), b"")
+    if not store.exists(source.key):
+        raise ModelNotFound(
+            f"model {source.name!r} is gone: its job keeps only the last checkpoints (checkpoint.keep_last)",
+            param="model",
+        )
+
+
 async def resolve_reward_model(
     judge: RewardModelJudgeSpec, *, database: Database, store: Store, settings: Settings
 ) -> ModelSource:

@@ -10,6 +10,7 @@ jobs/{job_id}/dataset/                      Parquet, batch plan, dataset.json (D
 jobs/{job_id}/samples/step-00000020.parquet what was sampled for a step, with verdicts (online/samples.py)
 jobs/{job_id}/judge-spent.json              what its judge has cost, by all attempts (online/judges/spend.py)
 jobs/{job_id}/checkpoints/step-00000020/    a checkpoint (CheckpointManifest in manifest.json)
+jobs/{job_id}/checkpoints/.keep-step-00000020   exists = somebody uses it, so it stays
 models/{name}/                              the user's own base models
 cache/reference/{digest}/                   reference log-probabilities, shared between jobs
 """
@@ -59,6 +60,12 @@ def checkpoints_dir(job_id: str) -> str:
 
 def checkpoint_dir(job_id: str, step: int) -> str:
     return f"jobs/{job_id}/checkpoints/step-{step:08d}"
+
+
+def keep_flag(checkpoint: str) -> str:
+    """Of the checkpoint directory with this key."""
+    parent, _, name = checkpoint.rpartition("/")
+    return f"{parent}/.keep-{name}"
 
 
 def samples_dir(job_id: str) -> str:

@@ -132,6 +132,15 @@ def test_prune_keeps_the_last_and_the_one_just_published(tmp_path):
     assert newest_valid(store, JOB).manifest.step == 20
 
 
+def test_prune_keeps_what_is_in_use(tmp_path):
+    store = Store(tmp_path)
+    for step in (5, 10, 15):
+        save(store, step)
+    store.write(paths.keep_flag(paths.checkpoint_dir(JOB, 5)), b"")
+    assert prune(store, JOB, keep=1, newest=15) == [10]
+    assert [int(path.name[-8:]) for path in step_directories(store, JOB)] == [5, 15]
+
+
 @pytest.mark.parametrize(("better", "kept"), [("lower", [2, 4, 5]), ("higher", [1, 3, 5])])
 def test_prune_keeps_the_best_too(tmp_path, better, kept):
     store = Store(tmp_path)

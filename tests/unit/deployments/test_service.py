@@ -4,8 +4,12 @@ import asyncio
 
 import pytest
 
+from dpo_service.checkpoint.retention import prune
 from dpo_service.cluster.port import AppState, Capacity
+from dpo_service.deployments import service
 from dpo_service.errors import Conflict, InvalidSpec, ModelNotFound, NotFound, Unavailable
+from dpo_service.registry import models
+from dpo_service.storage import paths
 from tests.unit.deployments.conftest import save_model
 
 
@@ -39,6 +43,35 @@ async def test_a_failed_one_is_replaced(world):
     assert new.id != failed
     await world.tick(2)
     assert list(world.cluster.applications) == [new.id]
+
+
+async def published(world, step):
+    """A checkpoint of a job, as a model."""
+    key = paths.checkpoint_dir("ftjob-a", step)
+    save_model(world.store.path(key) / "model")
+    async with world.database.begin() as session:
+        facts = {"job_id": "ftjob-a", "digest": "d", "base": "one", "created_at": world.clock.now()}
+        row = await models.publish_checkpoint(session, "ft:one::a", step, key=f"{key}/model", **facts)
+    return row.id
+
+
+async def test_a_deployed_checkpoint_is_not_pruned_by_its_job(world):
+    first, _ = [await published(world, step) for step in (5, 10)]
+    await world.create(first)
+    assert prune(world.store, "ftjob-a", keep=1, newest=15) == []
+
+
+async def test_a_checkpoint_that_is_pruned_meanwhile_is_refused(world, monkeypatch):
+    first, _ = [await published(world, step) for step in (5, 10)]
+
+    async def resolve_slowly(name, **parts):
+        found = await models.resolve(name, **parts)
+        assert prune(world.store, "ftjob-a", keep=1, newest=10) == [5]
+        return found
+
+    monkeypatch.setattr(service, "resolve", resolve_slowly)
+    with pytest.raises(ModelNotFound, match="keep_last"):
+        await world.create(first)
 
 
 async def test_a_deleted_models_name_is_free_at_once(world):

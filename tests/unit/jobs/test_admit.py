@@ -12,7 +12,7 @@ from dpo_service.cluster.port import Capacity
 from dpo_service.errors import InvalidData, InvalidSpec, ModelNotFound, Unavailable
 from dpo_service.jobs.admit import admit
 from dpo_service.manifests.dataset import DatasetReport
-from dpo_service.registry import files
+from dpo_service.registry import files, models
 from dpo_service.registry.tables import File
 from dpo_service.specs.loss import LOSS_TABLE
 from dpo_service.specs.run import RunSpec
@@ -108,6 +108,19 @@ async def test_what_the_user_says_is_kept(ready: World) -> None:
     assert (run.data.max_length, run.data.shuffle, run.data.truncation) == (100, False, "cut")
     assert (run.precision, run.reference.mode, run.resources.workers) == ("bfloat16", "live", 2)
     assert ":mine:" in run.output_model
+
+
+async def test_a_checkpoint_to_train_from_stays(ready: World) -> None:
+    key = paths.checkpoint_dir("ftjob-a", 5)
+    save_model(ready.store.path(f"{key}/model"))
+    async with ready.database.begin() as session:
+        facts = {"job_id": "ftjob-a", "digest": "d", "base": "base", "created_at": ready.clock.now()}
+        model = await models.publish_checkpoint(session, "ft:base::a", 5, key=f"{key}/model", **facts)
+    with pytest.raises(InvalidSpec):
+        await ask(ready, model=model.id, max_length=10_000)
+    assert not ready.store.exists(paths.keep_flag(key))
+    await ask(ready, model=model.id)
+    assert ready.store.exists(paths.keep_flag(key))
 
 
 async def test_supervised_has_no_reference_and_its_own_rate(ready: World) -> None:
