@@ -38,6 +38,7 @@ import pytest
 
 from dpo_service.cluster import processes
 from dpo_service.cluster.local import LocalCluster
+from dpo_service.db import session
 
 CPUS = 4
 """More than the machine may have: tests wait for results, not for a free core."""
@@ -61,6 +62,21 @@ def _no_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", connect_here)
         patch.setattr(socket, "getaddrinfo", resolve_here)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """No test can pull the plug, so nothing is synced in this process: thousands of commits would wait for it."""
+    pragmas = session._sqlite_pragmas
+
+    def pragmas_without_sync(connection: Any, record: Any) -> None:
+        pragmas(connection, record)
+        connection.execute("PRAGMA synchronous=OFF")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "_sqlite_pragmas", pragmas_without_sync)
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 

@@ -9,10 +9,10 @@ import pytest
 from dpo_service.api.app import create_app
 from dpo_service.clock import FakeClock
 from dpo_service.cluster.fake import FakeCluster
-from dpo_service.db.base import Base
 from dpo_service.db.session import Database
 from dpo_service.settings import Settings
 from dpo_service.storage.store import Store
+from tests.databases import make_tables
 from tests.models import save_tokenizer
 
 CONFIG = {
@@ -99,8 +99,7 @@ class Api:
 
 
 async def opened(api):
-    async with api.database.engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
+    await make_tables(api.database)
     return api
 
 

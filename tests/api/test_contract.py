@@ -15,6 +15,7 @@ import schemathesis
 import uvicorn
 from hypothesis import HealthCheck, settings
 from schemathesis.checks import CHECKS, load_all_checks
+from schemathesis.config import SchemathesisConfig
 
 from dpo_service.api.app import create_app
 from dpo_service.cluster.fake import FakeCluster
@@ -85,7 +86,9 @@ def document():
     return app.openapi()
 
 
-schema = schemathesis.openapi.from_dict(document())
+# A plan takes the body of a job: thousands of cases by its schema, which are tried there.
+OF_A_JOB = {"include-path": "/v1/fine_tuning/jobs/plan", "phases": {"coverage": {"enabled": False}}}
+schema = schemathesis.openapi.from_dict(document(), config=SchemathesisConfig.from_dict({"operations": [OF_A_JOB]}))
 
 
 @schema.parametrize()
@@ -94,7 +97,7 @@ def test_answers_as_described(case, running):
     check(case, running)
 
 
-@schema.exclude(method="DELETE").parametrize()
+@schema.exclude(path_regex=r"^[^{]*$").exclude(method="DELETE").parametrize()
 @FEW
 def test_answers_about_things_that_exist(case, running, known):
     for name in set(case.path_parameters) & set(known):

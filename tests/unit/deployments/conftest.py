@@ -6,13 +6,13 @@ import pytest
 
 from dpo_service.clock import FakeClock
 from dpo_service.cluster.fake import FakeCluster
-from dpo_service.db.base import Base
 from dpo_service.db.session import Database
 from dpo_service.deployments import repository, service
 from dpo_service.deployments.reconciler import DeploymentReconciler
 from dpo_service.settings import Settings
 from dpo_service.specs.serve import EngineRequest
 from dpo_service.storage.store import Store
+from tests.databases import make_tables
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 512, "vocab_size": 300}
 
@@ -87,7 +87,6 @@ async def world(tmp_path):
     made = World(tmp_path / "data")
     for name in ("one", "two"):
         save_model(tmp_path / "data" / "models" / name)
-    async with made.database.engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
+    await make_tables(made.database)
     yield made
     await made.database.close()

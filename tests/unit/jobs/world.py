@@ -13,11 +13,9 @@ from typing import Any
 import orjson
 from sqlalchemy import text
 
-import dpo_service.registry.tables  # noqa: F401  (the models table)
 from dpo_service import ids
 from dpo_service.clock import FakeClock
 from dpo_service.cluster.fake import FakeCluster
-from dpo_service.db.base import Base
 from dpo_service.db.session import Database
 from dpo_service.jobs import repository, submit
 from dpo_service.jobs.context import OnPublished, Point
@@ -37,6 +35,7 @@ from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import BatchSpec, ModelSource, RunSpec
 from dpo_service.storage import paths
 from dpo_service.storage.store import Store
+from tests.databases import make_tables
 
 POSTGRES = os.environ.get("DPO_TEST_POSTGRES_URL")
 LONGEST_DELAY_S = 1000.0
@@ -201,8 +200,7 @@ async def open_world(root: Path, url: str | None = None, **settings: Any) -> Asy
     """A world on an empty database: SQLite in `root`, unless `url` says otherwise."""
     root.mkdir(parents=True, exist_ok=True)
     world = World(root, url or f"sqlite+aiosqlite:///{root}/service.db", **settings)
-    async with world.database.engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
+    await make_tables(world.database)
     try:
         yield world
     finally:

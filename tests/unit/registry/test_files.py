@@ -4,11 +4,11 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from dpo_service.db.base import Base
 from dpo_service.db.session import Database
 from dpo_service.errors import NotFound, UserError
 from dpo_service.registry import files
 from dpo_service.registry.tables import File
+from tests.databases import make_tables
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -16,8 +16,7 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 @pytest.fixture
 async def database(tmp_path):
     made = Database(f"sqlite+aiosqlite:///{tmp_path}/test.db")
-    async with made.engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
+    await make_tables(made)
     yield made
     await made.close()
 

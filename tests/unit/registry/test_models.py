@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 
 import pytest
 
-from dpo_service.db.base import Base
 from dpo_service.db.session import Database
 from dpo_service.errors import ModelNotFound, NotFound
 from dpo_service.registry import hub, models
 from dpo_service.registry.directories import NO_LENGTH, inspect
 from dpo_service.settings import Settings
 from dpo_service.storage.store import Store
+from tests.databases import make_tables
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -43,8 +43,7 @@ class Place:
 @pytest.fixture
 async def place(tmp_path):
     made = Place(tmp_path / "data", allowed_model_roots=(tmp_path / "shared",))
-    async with made.database.engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
+    await make_tables(made.database)
     yield made
     await made.database.close()
 
