@@ -16,7 +16,7 @@ class ExitCode(IntEnum):
 
 MEANING: dict[ExitCode, str] = {
     ExitCode.OK: "done",
-    ExitCode.FAILED: "the job, the deployment or the check failed",
+    ExitCode.FAILED: "the job, the deployment or the check failed; the service did not start",
     ExitCode.USAGE: "wrong usage of the command",
     ExitCode.REFUSED: "the service (or the file check) refused what was asked",
     ExitCode.UNREACHABLE: "the service cannot be reached, or is not ready",
