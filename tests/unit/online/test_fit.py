@@ -142,11 +142,17 @@ def test_an_answer_nobody_can_choose_ends_the_run_with_the_reason(tmp_path, ray_
 
 def test_the_stop_flag_saves_and_ends(tmp_path, ray_connected):
     job = online_job(tmp_path)
+    job.dataset = job.dataset.model_copy(update={"validation": job.dataset.train})
+    job.run = job.run.model_copy(update={"eval_every_steps": 1})
     flag = threading.Thread(target=stop_after, args=(job, 2))
     flag.start()
     outcome = run_attempt(job)
     flag.join()
     assert outcome.stopped
     assert 2 <= outcome.steps < 14
+    valid = {r.data["step"]: r.data for r in reports(job) if r.type == "metrics" and r.data["split"] == "eval"}
+    assert sorted(valid) == list(range(outcome.steps + 1))
+    assert max(values["valid/logp_gap"] for values in valid.values()) < 1e-3, "the policy of now has answered"
+    assert (abs(valid[0]["valid/kl"]) < 1e-3, valid[0]["judge/verdicts"]) == (True, 48)
     assert outcome.checkpoint == paths.checkpoint_dir("j", outcome.steps)
     nothing_is_left(ray_connected)
