@@ -33,11 +33,14 @@ async def test_a_plan_decides_as_a_job_would_and_makes_nothing(api):
 
 async def test_ktos_mismatched_answers_are_planned_for(api):
     """Each pair is two rows: the prompt twice, and each answer once by its own prompt and once by another's."""
-    tokens = {}
+    tokens, scoring = {}, {}
     for method in ("dpo", "kto"):
         found = (await ask(api, method={"type": method})).json()
-        tokens[method] = found["plan"]["tokens_a_step"] * found["plan"]["steps"] / found["run"]["batch"]["n_epochs"]
+        plan = found["plan"]
+        tokens[method] = plan["tokens_a_step"] * plan["steps"] / found["run"]["batch"]["n_epochs"]
+        scoring[method] = plan["reference_seconds"]
     assert tokens["kto"] == pytest.approx(2 * tokens["dpo"])
+    assert scoring["kto"] == pytest.approx(2 * scoring["dpo"], rel=0.02)
 
 
 async def test_what_does_not_fit_says_what_would(api):
