@@ -171,7 +171,7 @@ def test_kto_learns_and_reports_what_trl_reports(tmp_path, model_dir):
     job.train(reports=recorded)
     first, last = recorded.values["train", 1], recorded.values["train", 12]
     assert first["loss"] == pytest.approx(0.5, abs=1e-5)
-    assert first["kl"] == 0
+    assert first["kl"] == pytest.approx(0.0, abs=1e-5)  # not 0 to the bit: the reference was computed in other batches
     assert last["loss"] < 0.45
     assert last["rewards/chosen"] > last["rewards/rejected"]
     assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"])
