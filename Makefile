@@ -71,7 +71,11 @@ check-torch:
 demo: install ## From nothing to a served, preference-tuned model (MODEL=, DATA= for your own)
 	@$(BIN)/dpo demo --data-dir '$(DATA_DIR)' $(if $(PORT),--port '$(PORT)') $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)')
 
-.PHONY: lint test test-long bench bench-frontier bench-gpu
+.PHONY: demo-online
+demo-online: install ## A model that learns from its own answers: sample, judge, pair, train, sync
+	@$(BIN)/dpo demo-online --data-dir '$(DATA_DIR)' $(if $(PORT),--port '$(PORT)')
+
+.PHONY: lint test test-long bench bench-frontier bench-online bench-gpu
 lint: install-dev ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -107,6 +111,11 @@ bench: install-dev ## Losses, speed and memory beside TRL's DPOTrainer; writes b
 # A quarter of an hour on two idle cores.
 bench-frontier: install-dev ## Reward against KL of DPO, IPO and online DPO: docs/frontier.png
 	$(BIN)/python -m benchmarks.frontier
+	$(BIN)/python -m benchmarks.report
+
+# Twenty-five minutes on two idle cores.
+bench-online: install-dev ## Online DPO against offline DPO on as many pairs: docs/online.png, README's table
+	$(BIN)/python -m benchmarks.online_gain
 	$(BIN)/python -m benchmarks.report
 
 bench-gpu: install-dev ## Speed and utilisation on a CUDA device, by attention backend and beside TRL

@@ -42,11 +42,12 @@ SHOWN = {
     "peak_memory_gib": "peak GiB",
     "logps/displaced_share": "displaced",
     "length/margin_correlation": "length correlation",
+    "online/reward": "reward",
     "valid/reward": "reward",
     "valid/kl": "KL",
     "valid/finished_share": "finished",
 }
-SPARKED = ("loss", "rewards/margins", "rewards/accuracies", "mean_token_accuracy")
+SPARKED = ("loss", "rewards/margins", "rewards/accuracies", "mean_token_accuracy", "online/reward")
 EVAL_SHOWN = (*SPARKED, "valid/reward", "valid/kl", "valid/finished_share")
 
 

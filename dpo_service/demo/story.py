@@ -66,15 +66,15 @@ def run(*, data_dir: Path, port: int | None, model: str | None, data: Path | Non
 def _generated_story(data_dir: Path, port: int | None) -> tuple[report.Outcome, Service]:
     say = Narrator(6)
     say.say("From nothing to a served, preference-tuned model. Everything goes through the REST API of the service.")
-    corpus, service = _make_inputs(say, data_dir), _start(say, data_dir, port, None)
+    corpus, service = _make_inputs(say, data_dir), start(say, data_dir, port, None)
     files = data_dir / "demo"
     with say.stage("supervised", f"Train {BASE} on {N_SUPERVISED:,} answers, half of them bad on purpose"):
-        job = _train(service, _document("demo-supervised", model=BASE, training_file=files / "supervised.jsonl"))
+        job = train(service, job_of("demo-supervised", model=BASE, training_file=files / "supervised.jsonl"))
         say.say(f"The base model of what follows is {job['fine_tuned_model']}.")
     trained = _dpo(
         say,
         service,
-        _document(
+        job_of(
             "demo-dpo",
             model=str(job["fine_tuned_model"]),
             training_file=files / "pairs.jsonl",
@@ -96,31 +96,38 @@ def _make_inputs(say: Narrator, data_dir: Path) -> Corpus:
         say.say(
             f"{N_SUPERVISED:,} answers, {N_PAIRS:,} pairs and {N_HELD_OUT} held-out pairs, no prompt twice: {files}/"
         )
-        directory = data_dir / "models" / BASE
-        if not (directory / "config.json").exists():
-            from dpo_service.demo.model import make_base_model
-
-            size = make_base_model(directory, (f"{prompt}\n{answer}" for prompt, answer in corpus.supervised))
-            say.say(f"A Llama of {size / 1e6:.1f} million random parameters with its own tokenizer: {directory}/")
+        make_base(say, data_dir, corpus)
     return corpus
 
 
-def _start(say: Narrator, data_dir: Path, port: int | None, model_root: Path | None) -> Service:
+def make_base(say: Narrator, data_dir: Path, corpus: Corpus) -> None:
+    """The demo's model with random weights, unless an earlier run has made it."""
+    directory = data_dir / "models" / BASE
+    if (directory / "config.json").exists():
+        return
+    from dpo_service.demo.model import make_base_model
+
+    size = make_base_model(directory, (f"{prompt}\n{answer}" for prompt, answer in corpus.supervised))
+    say.say(f"A Llama of {size / 1e6:.1f} million random parameters with its own tokenizer: {directory}/")
+
+
+def start(say: Narrator, data_dir: Path, port: int | None, model_root: Path | None) -> Service:
+    """The service on `data_dir`, running. `model_root` as in `service.ensure`."""
     with say.stage("service", f"Start the service on {data_dir} (SQLite, Ray on this machine)"):
         service, new = ensure(data_dir, port, model_root)
         say.say(f"{'Started' if new else 'It was running already'}: {service.url}")
     return service
 
 
-def _document(config: str, **values: str | Path) -> Document:
-    """The job of configs/{config}.yaml with these fields filled in."""
+def job_of(config: str, **values: str | Path) -> Document:
+    """The job of configs/{config}.yaml with these fields filled in. Raises CliError where there is no such file."""
     path = CONFIGS / f"{config}.yaml"
     if not path.is_file():
         raise CliError(f"{path} is missing; run the demo from a checkout of the project (make demo)", ExitCode.USAGE)
     return load(path) | {name: str(value) for name, value in values.items()}
 
 
-def _train(service: Service, document: Document) -> Json:
+def train(service: Service, document: Document) -> Json:
     """Submit a job and watch it to its end; returns it. See `follow` for what is shown."""
     job, _ = follow(service, str(create_job(service, document)["id"]))
     require_success(job)
@@ -197,9 +204,9 @@ def _own_story(data_dir: Path, port: int | None, model: str, data: Path) -> tupl
     with say.stage("inputs", f"Divide {data} into rows to train on and rows held out"):
         own = divide(data, data_dir / "demo")
         say.say(f"{own.rows:,} rows to train on, {own.held_out_rows} held out")
-    service = _start(say, data_dir, port, local)
+    service = start(say, data_dir, port, local)
     name = str(local) if local else model
-    document = _document("demo-own", model=name, training_file=own.training, validation_file=own.held_out)
+    document = job_of("demo-own", model=name, training_file=own.training, validation_file=own.held_out)
     document["max_length"] = min(document["max_length"], context_of(local))
     trained = _dpo(say, service, document, f"DPO of {model}: at most {document['max_steps']} steps")
     _deploy(say, service, (trained.base, trained.tuned))

@@ -13,7 +13,7 @@ from dpo_service.demo import report
 from dpo_service.demo.corpus import Task
 from dpo_service.demo.own import UNLIMITED, context_of, divide
 from dpo_service.demo.service import free_port
-from dpo_service.demo.story import _document, _one_a_family
+from dpo_service.demo.story import _one_a_family, job_of
 from dpo_service.specs.job import JobSpec
 
 
@@ -54,10 +54,10 @@ def test_a_short_model_is_known_by_its_configuration(tmp_path):
 
 def test_the_demos_jobs_are_jobs():
     for config in ("demo-supervised", "demo-dpo", "demo-own"):
-        document = _document(config, model="m", training_file="file-1")
-        assert JobSpec.model_validate(document).training_file == "file-1"
+        job = job_of(config, model="m", training_file="file-1")
+        assert JobSpec.model_validate(job).training_file == "file-1"
     with pytest.raises(CliError, match="checkout"):
-        _document("no-such-config")
+        job_of("no-such-config")
 
 
 def test_a_model_without_data_is_a_usage_error(tmp_path, capsys):
