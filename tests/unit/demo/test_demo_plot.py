@@ -49,6 +49,13 @@ def test_lines_pass_through_their_points(tmp_path):
     assert near(colour_at(picture, axes, 30, 0.7), (255, 255, 255))
 
 
+def test_higher_is_up_and_later_is_right():
+    axes = Axes.of([RISING])
+    (left, low), (right, high) = (axes.place(*RISING.points[end]) for end in (0, -1))
+    assert left < right
+    assert low > high, "places count from the top"
+
+
 def test_a_band_is_shaded(tmp_path):
     axes = Axes.of([FLAT])
     picture = drawn(tmp_path / "chart.png", FLAT)
