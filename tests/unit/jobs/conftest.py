@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo_service.storage import paths
+from tests.unit.jobs.admission import save_model
 from tests.unit.jobs.world import POSTGRES, World, open_world, postgres_database
 
 
@@ -25,3 +27,9 @@ async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
         pytest.skip("DPO_TEST_POSTGRES_URL names no PostgreSQL to test on")
     async with postgres_database() as url, open_world(tmp_path, url) as made:
         yield made
+
+
+@pytest.fixture
+def ready(world: World) -> World:
+    save_model(world.store.path(paths.user_model("base")))
+    return world

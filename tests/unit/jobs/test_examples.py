@@ -20,7 +20,7 @@ from dpo_service.storage import paths
 from dpo_service.storage.store import Store
 from dpo_service.train.loop import TrainOutcome, train
 from tests.models import save_tiny_llama
-from tests.unit.jobs.test_admit import upload
+from tests.unit.jobs.admission import upload
 from tests.unit.jobs.world import open_world
 from tests.unit.online.online_kit import RULES, train_online
 
