@@ -1,5 +1,6 @@
 """Small random models in the Hugging Face layout, for tests that need a real directory."""
 
+from itertools import pairwise
 from pathlib import Path
 
 CHAT_TEMPLATE = (
@@ -71,4 +72,49 @@ def save_tiny_llama(
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+SAID = "Score: "
+
+
+def save_scorer(directory: Path, *, context: int = 4096) -> Path:
+    """A Llama that answers everything with "Score: " and a random digit from 0 to 5: each token depends on the one
+    before it alone, until it is trained. So its answers end, differ, and can be read by who asks it for a score."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    save_tokenizer(directory)
+    known = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    spelt = [known.token_to_id(character) for character in SAID.replace(" ", "Ġ")]
+    digits = [known.token_to_id(digit) for digit in "012345"]
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=context,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    embedded, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        head.zero_()
+        follows = [(known.token_to_id("<|assistant|>"), spelt[:1])]
+        follows += [(one, [following]) for one, following in pairwise(spelt)]
+        follows += [(spelt[-1], digits), *((digit, [1]) for digit in digits)]
+        for place, (token, after) in enumerate(follows):
+            embedded[token] = torch.nn.functional.one_hot(torch.tensor(place), 64).float()
+            head[after, place] = 2.0  # a normed one-hot is 8 long, so a logit of 16 stands against zeros
+    model.save_pretrained(directory)
     return directory

@@ -122,7 +122,8 @@ class Curator:
             self._asked = max(self._asked, step)
             self._changed.notify_all()
             await self._changed.wait_for(lambda: step in self._ready or self._error is not None)
-            self._raise()
+            if step not in self._ready:
+                self._raise()
             for done in [one for one in self._ready if one < step - 1]:
                 del self._ready[done]
             return self._ready[step]
@@ -215,7 +216,10 @@ class Curator:
                 self._making = True
             made = await self._step(step)
             async with self._changed:
-                self._ready[step], self._making = made, False
+                self._making = False
+                if self._error is not None:  # whoever asked for this step was told so
+                    return
+                self._ready[step] = made
                 self._changed.notify_all()
             step += 1
 

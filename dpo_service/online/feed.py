@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_service.clock import monotonic
-from dpo_service.errors import DpoServiceError, TrainingError
+from dpo_service.errors import DpoServiceError, StopAsked, TrainingError
 from dpo_service.online.divergence import divergence
 from dpo_service.online.export import Exporter
 from dpo_service.online.steps import CuratorClient, PairRow, StepPairs, StepStats
@@ -89,6 +89,7 @@ class OnlineFeed:
         """
         Raises:
             TrainingError: on every rank, the samplers could not be started, or not take the weights.
+            StopAsked: on every rank, before they were there.
         """
         self._counters = dict(counters.get(COUNTERS, {}))
         error: DpoServiceError | None = None
@@ -97,8 +98,10 @@ class OnlineFeed:
                 self._start(state, step)
             except DpoServiceError as raised:
                 error = raised
-        if self._ranks.sum([float(error is not None)])[0]:
-            raise error or TrainingError("the samplers could not be started; see rank 0")
+        failed, stopped = self._ranks.sum([float(error is not None), float(isinstance(error, StopAsked))])
+        if failed:
+            other = StopAsked if stopped else TrainingError
+            raise error or other("the samplers could not be started; see rank 0")
 
     def _start(self, state: TrainState, step: int) -> None:
         weights = None
@@ -112,6 +115,7 @@ class OnlineFeed:
 
         Raises:
             TrainingError: the curator has failed (online/curator.py).
+            StopAsked: on every rank, before there were enough pairs.
         """
         examples = self._examples(self._waited_for(step))
         lengths = [len(row.prompt) + len(row.chosen) + len(row.rejected or ()) for row in examples]

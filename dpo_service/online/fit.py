@@ -2,19 +2,26 @@
 
     fit (driver) ── placement group ──> sampler actors (vLLM)      owned by the curator's actor: they end with it
          │                     ──> a reward model's actor (vLLM)    the same, where the job's judge is one
-         ├── CuratorActor ── asks ──────────┘
+         ├── CuratorActor ── asks ──────────┘                         they load while the workers start
          └── train.ray_worker.fit ── workers ── OnlineFeed ── RayCurator ──> CuratorActor
 
 What dies and what follows. A sampler: Ray restarts it, the pool asks its prompts again (`pool`). A worker: Ray Train
 starts the group again from the newest checkpoint, and the feed starts the curator there. The curator: Ray restarts its
 actor, the workers' next call fails, and the same follows. The driver: Ray ends all of it with the job.
+
+A stop is looked for by the workers between two steps, and here while they wait for pairs or samplers: a judge that is
+away may keep them waiting for longer than a stop may take.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +38,7 @@ from dpo_service.online.feed import OnlineFeed
 from dpo_service.online.judges.reward_actor import bundles as reward_bundles
 from dpo_service.online.port import Weights
 from dpo_service.online.steps import StepPairs
+from dpo_service.online.turn import Turn
 from dpo_service.online.weights import remove_orphans
 from dpo_service.specs.run import AttemptSpec, RunSpec
 from dpo_service.storage import paths
@@ -42,8 +50,11 @@ from dpo_service.train.ranks import Ranks
 CALLS_AT_ONCE = 64
 MAX_CURATOR_RESTARTS = 3
 LOOK_S = 0.5
-"""How often the stop flag is looked for while the cluster makes room."""
+"""How often the stop flag is looked for while something is waited for."""
 CLOSING_S = 30.0
+START = -1
+"""Stands for the start among the steps that are given or refused."""
+RESTARTED = "this actor was restarted: the trainer has to start it again"
 
 
 def fit(
@@ -60,25 +71,39 @@ def fit(
     assert run.online is not None, "the runner asks only for runs that sample"
     ray_worker.start_ray()
     wanted = [*bundles(run.online.samplers), *reward_bundles(run.online.judge)]
-    placement = placement_group(wanted, strategy="PACK")
-    curator = None
+    stop, turn = store.path(paths.stop_flag(run.job_id, attempt.attempt)), Turn(store.path(paths.STARTING))
+    placement = curator = None
     try:
-        _wait_for_room(placement, store.path(paths.stop_flag(run.job_id, attempt.attempt)))
+        _wait_for(turn.take, stop)
+        placement = placement_group(wanted, strategy="PACK")
+        _wait_for(partial(placement.wait, LOOK_S), stop)
         config = CuratorConfig(str(store.root), run.job_id, attempt.attempt, dataset, str(model_dir))
         options = {"num_cpus": 0, "max_restarts": MAX_CURATOR_RESTARTS, "max_concurrency": CALLS_AT_ONCE}
         curator = ray.remote(**options)(CuratorActor).remote(config, placement)
+        curator.prepare.remote()
+        threading.Thread(target=_give_back, args=(turn, curator), daemon=True).start()
         return ray_worker.fit(store, attempt, dataset, model_dir, base_digest, feed=CuratorFeed(curator))
     finally:
         if curator is not None:
             _end(curator)
-        remove_placement_group(placement)
+        if placement is not None:
+            remove_placement_group(placement)
+        turn.give_back()
         remove_orphans()
 
 
-def _wait_for_room(placement: Any, stop: Path) -> None:
-    while not placement.wait(LOOK_S):
+def _wait_for(ready: Callable[[], bool], stop: Path) -> None:
+    while not ready():
         if stop.exists():
             raise StopAsked("asked to stop while there was no room for the samplers")
+        time.sleep(LOOK_S)
+
+
+def _give_back(turn: Turn, curator: Any) -> None:
+    """Once the workers run, or never will."""
+    with contextlib.suppress(Exception):
+        ray.get(curator.begun.remote())
+    turn.give_back()
 
 
 def _end(curator: Any) -> None:
@@ -104,38 +129,88 @@ class CuratorActor:
 
     def __init__(self, config: CuratorConfig, placement: Any) -> None:
         self._config, self._placement = config, placement
+        self._store = Store(config.root)
+        self._stop = self._store.path(paths.stop_flag(config.job_id, config.attempt))
+        self._begun = asyncio.Event()
+        self._building: asyncio.Task[Any] | None = None
         self._curator: Any = None
+        self._given: dict[int, bool] = {}
+        """Steps whose pairs a rank has got (True), or was refused because of a stop."""
+
+    async def prepare(self) -> None:
+        """Load the samplers. What fails of it is raised by `start`."""
+        await asyncio.wait([self._build()])
+
+    async def begun(self) -> None:
+        """Returns when the trainer has called `start`: all of its workers are there."""
+        await self._begun.wait()
 
     async def start(self, step: int, weights: Weights | None, counters: Mapping[str, Any]) -> None:
-        """As `Curator.start`; the first call starts the samplers."""
+        """As `Curator.start`; the samplers are loaded first, unless they are there.
+
+        Raises:
+            StopAsked: before it was done.
+        """
+        self._begun.set()
         with _named():
-            if self._curator is None:
-                self._curator = await self._build()
-            await self._curator.start(step, weights, counters)
+            await self._unless_stopped(self._start(step, weights, counters))
+
+    async def _start(self, step: int, weights: Weights | None, counters: Mapping[str, Any]) -> None:
+        self._given = {}  # who asked before the trainer was restarted decides nothing any more
+        self._curator = await asyncio.shield(self._build())
+        await self._curator.start(step, weights, counters)
 
     async def pairs(self, step: int) -> StepPairs:
-        assert self._curator is not None, "this actor was restarted: the trainer has to start it again"
+        """As `Curator.pairs`.
+
+        Raises:
+            StopAsked: before they were there; of a step it is raised for all ranks, or for none.
+        """
+        assert self._curator is not None, RESTARTED
         with _named():
-            made: StepPairs = await self._curator.pairs(step)
+            made: StepPairs = await self._unless_stopped(self._curator.pairs(step), step)
             return made
 
     async def published(self, weights: Weights, lent: bool = False) -> None:
-        assert self._curator is not None, "this actor was restarted: the trainer has to start it again"
+        assert self._curator is not None, RESTARTED
         await self._curator.published(weights, lent)
 
     async def evaluate(self, step: int) -> Evaluation:
-        assert self._curator is not None, "this actor was restarted: the trainer has to start it again"
+        assert self._curator is not None, RESTARTED
         with _named():
             found: Evaluation = await self._curator.evaluate(step)
             return found
 
     async def close(self) -> None:
-        if self._curator is not None:
-            await self._curator.close()
+        if self._building is None:
+            return
+        self._building.cancel()
+        with contextlib.suppress(asyncio.CancelledError, DpoServiceError):
+            await (await self._building).close()
 
-    async def _build(self) -> Any:
-        config = self._config
-        store = Store(config.root)
+    async def _unless_stopped(self, work: Awaitable[Any], step: int = START) -> Any:
+        """What `work` for `step` gives. Of one step all ranks get what the first one got: it, or StopAsked."""
+        given, asked = self._given, asyncio.ensure_future(work)
+        try:
+            while True:
+                await asyncio.wait([asked], timeout=LOOK_S)
+                if step not in given and (asked.done() or self._stop.exists()):
+                    given[step] = asked.done()
+                if given.get(step) is False:
+                    raise StopAsked("asked to stop while pairs were waited for")
+                if asked.done():
+                    return asked.result()
+        finally:
+            asked.cancel()
+
+    def _build(self) -> asyncio.Task[Any]:
+        """The curator, which is made once."""
+        if self._building is None:
+            self._building = asyncio.create_task(self._built())
+        return self._building
+
+    async def _built(self) -> Any:
+        config, store = self._config, self._store
         run = store.read_model(paths.attempt_spec(config.job_id, config.attempt), AttemptSpec).run
         assert run.online is not None, "the driver has seen to it"
         model_dir = Path(config.model_dir)
@@ -152,6 +227,8 @@ def _named() -> Any:
     """Errors as classes of `ray_worker.ERRORS`, which are made of a sentence alone and so come through Ray whole."""
     try:
         yield
+    except StopAsked:
+        raise
     except TrainingError as error:
         raise ray_worker.ERRORS[ray_worker.name_of(error)](error.message) from error
     except DpoServiceError as error:

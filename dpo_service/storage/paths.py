@@ -12,10 +12,13 @@ jobs/{job_id}/judge-spent.json              what its judge has cost, by all atte
 jobs/{job_id}/checkpoints/step-00000020/    a checkpoint (CheckpointManifest in manifest.json)
 jobs/{job_id}/checkpoints/.keep-step-00000020   exists = somebody uses it, so it stays
 models/{name}/                              the user's own base models
+cache/starting.lock                         held by the online run that gathers samplers and workers (online/turn.py)
 cache/reference/{digest}/                   reference log-probabilities, shared between jobs
 """
 
 from __future__ import annotations
+
+STARTING = "cache/starting.lock"
 
 
 def file_key(file_id: str, name: str = "content") -> str:

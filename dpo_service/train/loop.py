@@ -3,7 +3,8 @@
     newest valid checkpoint, or the base model
         └─> at step 0: evaluate
             ┌──────────────────────────────────────────────────────────────────────┐
-            │ stop asked? -> save, leave         (rank 0 asks, all ranks hear it)  │
+            │ stop asked? -> save, leave         (rank 0 asks, all ranks hear it;  │
+            │                 or the feed says so, which then has no rows to give) │
             │ plan.assign(step) -> rows -> micro-batches -> train_step             │
             │ every logging_steps: report;  eval_every_steps: evaluate             │
             │ a reference that moves: every reference_refresh.every_steps          │
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dpo_service.errors import StopAsked
 from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.specs.run import RunSpec
 from dpo_service.storage.store import Store
@@ -128,13 +130,24 @@ class _Training:
     def _go(self) -> bool:
         """Train; returns whether it was stopped before the end."""
         self._announce()
+        try:
+            self._train_all()
+        except StopAsked:
+            self._save()
+            return True
+        return False
+
+    def _train_all(self) -> None:
+        """
+        Raises:
+            StopAsked: between two steps, of all ranks.
+        """
         self._feed.start(self._state, self._step, self._counters)
         if self._step == 0:
             self._evaluate()
         while self._step < self._plan.total_steps:
             if self._stop_asked():
-                self._save()
-                return True
+                raise StopAsked(f"asked to stop after step {self._step}")
             self._train_one()
             saving = self._due(self._saver.every_steps)
             if self._due(self._run.eval_every_steps) or (saving and self._run.keep_best):
@@ -144,7 +157,6 @@ class _Training:
             self._feed.after_step(self._state, self._step)
             if saving:
                 self._save()
-        return False
 
     def _announce(self) -> None:
         workers = f"{self._ranks.world} worker{'s' if self._ranks.world > 1 else ''}"

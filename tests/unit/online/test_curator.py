@@ -210,6 +210,26 @@ def test_an_error_of_the_judge_or_of_a_sync_reaches_the_trainer():
     run(test())
 
 
+def test_every_rank_gets_the_same_of_a_step_before_and_after_a_failure():
+    async def test():
+        loop = Loop(staleness=1)
+        await loop.start()
+        await loop.pairs(0)
+        await loop.pairs(1)
+        loop.sampler.refuses = WeightsRefused("torn")
+        loop.sampler.held.clear()
+        await loop.trained(0)
+        for _ in range(2):
+            with pytest.raises(WeightsRefused):
+                await loop.pairs(2)
+            loop.sampler.held.set()  # the pairs of step 2 are made by now
+            await settle()
+        assert (await loop.pairs(1)).step == 1  # of a rank that is slower
+        await loop.curator.close()
+
+    run(test())
+
+
 def test_too_few_verdicts_end_it_and_the_window_outlives_a_resume():
     async def test():
         loop = Loop(judge=ScriptedJudge(ties=range(6)), size=2, staleness=0)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpo_service.errors import StopAsked
 from dpo_service.online.curator import Curator, CuratorPlan
 from dpo_service.online.evaluation import HeldOut, Question
 from dpo_service.online.fake_sampler import FakeSampler
@@ -85,7 +86,9 @@ def online_job(root, model_dir, *, steps, **options):
     return job
 
 
-def trained(job, *, staleness=0, sync_every=1, sampler=None, reports=None, kept=None, held_out=0, **options):
+def trained(
+    job, *, staleness=0, sync_every=1, sampler=None, reports=None, kept=None, held_out=0, feed=OnlineFeed, **options
+):
     """The job's run on sampled pairs, and its outcome; `held_out` prompts are evaluated."""
     run, total = job.run, job.run.batch.max_steps
     spec = SamplerSpec(dtype="float32", lora_rank=8 if run.lora else None)
@@ -105,8 +108,8 @@ def trained(job, *, staleness=0, sync_every=1, sampler=None, reports=None, kept=
     rows = [PromptRow(index, (40 + index, 41), "a prompt", None, {}) for index in range(held_out)]
     evaluated = {"validates": held_out > 0, "base_dir": job.model_dir}
     with InProcessCurator(make) as client:
-        feed = OnlineFeed(client, OnlinePlan(2, total), run.batch, Ranks(), sync_every=sync_every, **evaluated)
-        return job.train(feed=feed, reports=reports, **options)
+        made = feed(client, OnlinePlan(2, total), run.batch, Ranks(), sync_every=sync_every, **evaluated)
+        return job.train(feed=made, reports=reports, **options)
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
@@ -136,12 +139,21 @@ def test_an_adapter_goes_to_the_samplers_as_one(tmp_path, model_dir):
     assert reports.told[-1]["logps/chosen"] != reports.told[0]["logps/chosen"]
 
 
-@pytest.mark.parametrize("lora", [None, LoraSpec(rank=8)])
-def test_stopped_and_resumed_on_policy_it_is_the_unbroken_run(tmp_path, model_dir, lora):
+class StoppedWaiting(OnlineFeed):
+    """Asked to stop while it waits for the pairs of step 2."""
+
+    def batches(self, step):
+        if step == 2:
+            raise StopAsked("asked to stop while pairs were waited for")
+        return super().batches(step)
+
+
+@pytest.mark.parametrize(("lora", "waiting"), [(None, False), (LoraSpec(rank=8), False), (None, True)])
+def test_stopped_and_resumed_on_policy_it_is_the_unbroken_run(tmp_path, model_dir, lora, waiting):
     whole = trained(online_job(tmp_path / "whole", model_dir, steps=4, lora=lora))
     job = online_job(tmp_path / "parts", model_dir, steps=4, lora=lora)
-    asked = iter([False] * 2 + [True])
-    first = trained(job, stop=lambda: next(asked))
+    asked = iter([False] * 2 + [not waiting])
+    first = trained(job, stop=lambda: next(asked), feed=StoppedWaiting if waiting else OnlineFeed)
     assert (first.steps, first.stopped) == (2, True)
     second = trained(job)
     assert second.metrics["rewards/margins"] == whole.metrics["rewards/margins"]
