@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
+OURS = "dep-"
+"""The names of our applications begin so (ids.new_deployment_id). Others that Ray Serve runs are left as they are."""
+
 
 class Liveness(StrEnum):
     ALIVE = "alive"
@@ -101,11 +104,11 @@ class Cluster(Protocol):
     async def capacity(self) -> Capacity: ...
 
     async def serve(self, applications: Sequence[ServeApplication]) -> None:
-        """Make Ray Serve run exactly these applications (level-triggered: the whole list, idempotent)."""
+        """Make Ray Serve run exactly these applications of `OURS` (level-triggered: the whole list, idempotent)."""
         ...
 
     async def observe_applications(self) -> Mapping[str, AppObservation] | None:
-        """The state of every application by name; None = unknown."""
+        """The state of every application of `OURS` by name; None = unknown."""
         ...
 
     def serve_url(self, name: str) -> str:

@@ -93,10 +93,11 @@ class RayJobsCluster:
         )
 
     async def serve(self, applications: Sequence[ServeApplication]) -> None:
-        if not applications and not await self._serve_is_running():
-            return
+        details = await self._serve_details()
+        if not applications and not details.get("controller_info"):
+            return  # an empty list would start Serve
         host = "127.0.0.1" if is_loopback(self._host) else "0.0.0.0"
-        wanted = serve_rest.document(applications, host, self._serve_port)
+        wanted = serve_rest.document(applications, host, self._serve_port, serve_rest.others(details))
         response = await self._ask("PUT", "/api/serve/applications/", json=wanted, limit=SERVE_TIMEOUT)
         _require_success(response, "deploy")
 
@@ -114,9 +115,6 @@ class RayJobsCluster:
         response = await self._ask("GET", "/api/serve/applications/", limit=SERVE_TIMEOUT)
         _require_success(response, "ask Serve")
         return dict(response.json())
-
-    async def _serve_is_running(self) -> bool:
-        return bool((await self._serve_details()).get("controller_info"))
 
     async def _ask(self, method: str, path: str, *, json: Any = None, limit: httpx.Timeout = TIMEOUT) -> httpx.Response:
         """Any answer at all; ClusterError when there is none."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dpo_service.cluster.port import AppObservation, AppState, ServeApplication
+from dpo_service.cluster.port import OURS, AppObservation, AppState, ServeApplication
 
 STATE_OF: Mapping[str, AppState] = {
     "NOT_STARTED": AppState.STARTING,
@@ -21,13 +21,16 @@ STATE_OF: Mapping[str, AppState] = {
 }
 
 
-def document(applications: Sequence[ServeApplication], host: str, port: int) -> dict[str, Any]:
-    """The whole list: what is not in it, Serve removes. HTTP options count only when Serve starts."""
+def document(
+    applications: Sequence[ServeApplication], host: str, port: int, others: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """The whole list: what is not in it, Serve removes, so it has `others` too. HTTP options count only when Serve
+    starts."""
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": host, "port": port},
         "logging_config": {"enable_access_log": False},
-        "applications": [_application(app) for app in applications],
+        "applications": [*others, *(_application(app) for app in applications)],
     }
 
 
@@ -46,8 +49,17 @@ def _application(app: ServeApplication) -> dict[str, Any]:
 
 
 def observations(details: Mapping[str, Any]) -> dict[str, AppObservation]:
-    """From the answer to GET /api/serve/applications/."""
-    return {name: _observation(app) for name, app in details.get("applications", {}).items()}
+    """Ours, from the answer to GET /api/serve/applications/."""
+    return {name: _observation(app) for name, app in details.get("applications", {}).items() if name.startswith(OURS)}
+
+
+def others(details: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The applications that somebody else has put, as they were put; those deployed from Python stay by themselves."""
+    return [
+        {**app["deployed_app_config"], "name": name}
+        for name, app in details.get("applications", {}).items()
+        if not name.startswith(OURS) and app.get("deployed_app_config") and app["status"] != "DELETING"
+    ]
 
 
 def _observation(app: Mapping[str, Any]) -> AppObservation:

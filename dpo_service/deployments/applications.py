@@ -9,8 +9,6 @@ from dpo_service.deployments.tables import Deployment, DeploymentState
 from dpo_service.specs.serve import EngineSpec, ServeSpec
 
 IMPORT_PATH = "dpo_service.serve.app:build"
-PREFIX = "dep-"
-"""Names of our applications begin so (ids.new_deployment_id)."""
 MESSAGE_LENGTH = 600
 _CAUSE = re.compile(r"^\s*(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b.*$", re.MULTILINE)
 

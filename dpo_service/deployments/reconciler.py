@@ -21,7 +21,7 @@ from dpo_service.clock import Clock, SystemClock
 from dpo_service.cluster.port import AppObservation, AppState, Cluster, ServeApplication
 from dpo_service.db.session import Database
 from dpo_service.deployments import repository
-from dpo_service.deployments.applications import PREFIX, application, next_state
+from dpo_service.deployments.applications import application, next_state
 from dpo_service.deployments.tables import Deployment, DeploymentState
 from dpo_service.errors import ClusterError
 from dpo_service.registry import models
@@ -113,7 +113,7 @@ class DeploymentReconciler(Ticker):
 
     def _differs(self, wanted: list[ServeApplication], seen: Seen) -> bool:
         """Whether Serve has to be told. An empty list is not put where Serve runs none of ours: that would start it."""
-        ours = {name for name, app in seen.items() if name.startswith(PREFIX) and app.state is not AppState.UNKNOWN}
+        ours = {name for name, app in seen.items() if app.state is not AppState.UNKNOWN}
         names = {app.name for app in wanted}
         if not names and not ours:
             return bool(self._applied)

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from dpo_service.cluster import serve_rest
 from dpo_service.cluster.fake import FakeCluster
 from dpo_service.cluster.local import LocalCluster
 from dpo_service.cluster.port import AppState, Cluster, JobObservation, Liveness, ServeApplication
@@ -33,7 +34,7 @@ WAITS = [
     "time.sleep(120)",
 ]
 APP = ServeApplication(
-    name="echo",
+    name="dep-echo",
     import_path="echo_app:build",
     args={"name": "first"},
     env={"PYTHONPATH": str(Path(__file__).parent), "PLANET": "earth"},
@@ -188,16 +189,16 @@ async def test_an_application_is_served_reconfigured_in_place_and_removed(backen
     assert await cluster.observe_applications() == {}
 
     await cluster.serve([APP])
-    assert (await cluster.observe_applications())["echo"].state in (AppState.STARTING, AppState.RUNNING)
+    assert (await cluster.observe_applications())["dep-echo"].state in (AppState.STARTING, AppState.RUNNING)
     backend.unfold_apps()
-    await _apps_until(backend, lambda states: states == {"echo": AppState.RUNNING})
-    first = await backend.get(cluster.serve_url("echo"))
+    await _apps_until(backend, lambda states: states == {"dep-echo": AppState.RUNNING})
+    first = await backend.get(cluster.serve_url("dep-echo"))
     assert first is None or (first["name"], first["planet"], first["version"]) == ("first", "earth", 1)
 
     await cluster.serve([replace(APP, user_config={"version": 2})])
-    assert (await cluster.observe_applications())["echo"].state is not AppState.FAILED
-    await _apps_until(backend, lambda states: states == {"echo": AppState.RUNNING})
-    assert await backend.get(cluster.serve_url("echo")) == (first and {**first, "version": 2})
+    assert (await cluster.observe_applications())["dep-echo"].state is not AppState.FAILED
+    await _apps_until(backend, lambda states: states == {"dep-echo": AppState.RUNNING})
+    assert await backend.get(cluster.serve_url("dep-echo")) == (first and {**first, "version": 2})
 
     await cluster.serve([])
     await _apps_until(backend, lambda states: states == {})
@@ -205,14 +206,40 @@ async def test_an_application_is_served_reconfigured_in_place_and_removed(backen
 
 @pytest.mark.timeout(120)
 async def test_an_application_that_cannot_start_fails_with_the_reason_and_leaves_its_neighbour_alone(backend):
-    broken = ServeApplication(name="broken", import_path="no_such_module:build", args={})
+    broken = ServeApplication(name="dep-broken", import_path="no_such_module:build", args={})
     await backend.cluster.serve([APP, broken])
     backend.unfold_apps()
-    wanted = {"echo": AppState.RUNNING, "broken": AppState.FAILED}
+    wanted = {"dep-echo": AppState.RUNNING, "dep-broken": AppState.FAILED}
     messages = await _apps_until(backend, lambda states: states == wanted)
-    assert "No module" in messages["broken"]
+    assert "No module" in messages["dep-broken"]
     await backend.cluster.serve([])
     await _apps_until(backend, lambda states: states == {})
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("backend", ["ray_jobs"], indirect=True)
+async def test_applications_of_others_stay_as_they_are(backend, ray_cluster):
+    port = httpx.URL(backend.cluster.serve_url("")).port
+    theirs = serve_rest.document([replace(APP, name="theirs")], "127.0.0.1", port)
+    headers = {"Authorization": f"Bearer {ray_cluster.token}"}
+    async with httpx.AsyncClient(base_url=ray_cluster.dashboard, headers=headers, trust_env=False) as ray:
+
+        async def put() -> dict[str, Any]:
+            applications = (await ray.get("/api/serve/applications/")).json()["applications"]
+            return {name: app["deployed_app_config"] for name, app in applications.items()}
+
+        (await ray.put("/api/serve/applications/", json=theirs, timeout=60)).raise_for_status()
+        before = await put()
+        await backend.cluster.serve([APP])
+        assert await put() == {**before, "dep-echo": (await put())["dep-echo"]}
+        assert set(await backend.cluster.observe_applications()) == {"dep-echo"}
+        await backend.cluster.serve([])
+        await _apps_until(backend, lambda states: states == {})
+        assert await put() == before
+        (await ray.put("/api/serve/applications/", json=theirs | {"applications": []})).raise_for_status()
+        while await put():
+            await asyncio.sleep(0.1)
 
 
 @pytest.mark.parametrize("kind", ["fake", "local", "ray_jobs"])

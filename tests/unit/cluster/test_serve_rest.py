@@ -46,8 +46,8 @@ def test_ray_accepts_the_document():
     ],
 )
 def test_serves_statuses_have_one_meaning_each(status, state):
-    details = {"applications": {"m": {"status": status, "message": "", "deployments": {}}}}
-    assert serve_rest.observations(details) == {"m": AppObservation(state)}
+    details = {"applications": {"dep-m": {"status": status, "message": "", "deployments": {}}}}
+    assert serve_rest.observations(details) == {"dep-m": AppObservation(state)}
 
 
 def test_a_failure_says_what_the_deployments_say_once():
@@ -57,8 +57,27 @@ def test_a_failure_says_what_the_deployments_say_once():
         "deployments": {"Model": {"message": "OSError: no such file"}, "Other": {"message": "could not start"}},
     }
     assert (
-        serve_rest.observations({"applications": {"m": app}})["m"].message == "could not start\nOSError: no such file"
+        serve_rest.observations({"applications": {"dep-m": app}})["dep-m"].message
+        == "could not start\nOSError: no such file"
     )
+
+
+def test_applications_of_others_are_kept_but_not_observed():
+    theirs = {"name": "theirs", "import_path": "their.app:build", "runtime_env": {"env_vars": {"A": "1"}}}
+    details = {
+        "applications": {
+            "theirs": {"status": "RUNNING", "message": "", "deployed_app_config": theirs},
+            "default": {"status": "RUNNING", "message": "", "deployed_app_config": {"import_path": "nameless:app"}},
+            "from-python": {"status": "RUNNING", "message": "", "deployed_app_config": None},
+            "going": {"status": "DELETING", "message": "", "deployed_app_config": {"name": "going"}},
+            "dep-m": {"status": "RUNNING", "message": "", "deployments": {}, "deployed_app_config": {"name": "dep-m"}},
+        }
+    }
+    kept = serve_rest.others(details)
+    assert kept == [theirs, {"name": "default", "import_path": "nameless:app"}]
+    assert set(serve_rest.observations(details)) == {"dep-m"}
+    ours = serve_rest.document([ServeApplication("dep-m", "m:b", {})], "127.0.0.1", 8123, kept)["applications"]
+    assert [app["name"] for app in ours] == ["theirs", "default", "dep-m"]
 
 
 def test_no_serve_means_no_applications():
