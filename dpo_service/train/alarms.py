@@ -55,6 +55,9 @@ class Settings:
     max_grad_norm: float
     lowers_chosen: bool = False
     """The loss is one that means to (apo_down)."""
+    follows_policy: bool = False
+    """Its pairs are answers of the policy of that step: of two that it says itself it seldom ranks the better higher,
+    however much it learns."""
 
 
 class Warned(NamedTuple):
@@ -203,7 +206,7 @@ def _gradient_ratio(history: Sequence[Window]) -> float | None:
 
 def accuracy_raised(history: Sequence[Window], settings: Settings) -> str | None:
     recent = newest(history, MANY_PAIRS, MANY_WINDOWS, after_step=settings.warmup_steps)
-    if recent is None:
+    if recent is None or settings.follows_policy:
         return None
     accuracy = mean(recent, "rewards/accuracies")
     if accuracy > NOT_LEARNT:

@@ -35,6 +35,16 @@ class Reports(Protocol):
     def progress(self, stage: str, done: int, total: int, text: str) -> None: ...
 
 
+def settings_of(run: RunSpec, total_steps: int) -> Settings:
+    """What the alarms ask for of `run`."""
+    return Settings(
+        warmup_steps(run.optim, total_steps),
+        run.optim.max_grad_norm,
+        lowers_chosen=run.loss.has("apo_down"),
+        follows_policy=run.online is not None and run.online.sync == "step",
+    )
+
+
 class Journal:
     """Gathers the sums of steps until they are told. Every rank keeps one; only rank 0's has `reports`."""
 
@@ -54,8 +64,7 @@ class Journal:
         dtype = torch.float32 if run.precision == "float32" else torch.bfloat16
         self.matrix_rate = sum(ranks.gather(matrix_rate(ranks.device, dtype)))
         """Operations a second of a large matrix product, all ranks together."""
-        warmup, clip = warmup_steps(run.optim, total_steps), run.optim.max_grad_norm
-        self._alarms = Alarms(Settings(warmup, clip, lowers_chosen=run.loss.has("apo_down")))
+        self._alarms = Alarms(settings_of(run, total_steps))
         self._since = monotonic()
         self._told_tokens = 0
         """Trained on since the run began, those of the window left out."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from dpo_service.specs.run import OnlineSpec
+from dpo_service.specs.sampling import SamplerSpec, SamplingSpec
 from dpo_service.train import alarms
 from dpo_service.train.alarms import Alarms, Settings, newest, trimmed
+from dpo_service.train.journal import settings_of
 from tests.unit.train.training_kit import Recorder, make_job, random_rows
 
 SETTINGS = Settings(warmup_steps=10, max_grad_norm=1.0)
@@ -101,6 +105,20 @@ def test_accuracy_that_does_not_leave_one_half(accuracy, where):
     assert (said.name, where in said.text, said.over) == ("accuracy", True, False)
     later = [window(step, accuracy=value) for step, value in steps(*[0.57] * 10, *[0.65] * 10, first=21)]
     assert told(later, watched=watched) == [(34, "accuracy", True)]
+
+
+def test_a_policy_that_is_trained_on_its_own_answers_need_not_rank_them():
+    windows = [window(step, accuracy=0.5) for step in range(1, 60)]
+    assert told(windows, dataclasses.replace(SETTINGS, follows_policy=True)) == []
+
+
+@pytest.mark.parametrize(("sync", "follows"), [("step", True), ("never", False), (None, False)])
+def test_only_samplers_that_get_every_step_follow_the_policy(tmp_path, model_dir, sync, follows):
+    run = make_job(tmp_path, model_dir).run
+    if sync is not None:
+        sampled = OnlineSpec(source="online", sampling=SamplingSpec(), samplers=SamplerSpec(), sync=sync)
+        run = run.model_copy(update={"online": sampled})
+    assert settings_of(run, 10).follows_policy is follows
 
 
 @pytest.mark.parametrize("sums", [{}, {"rewards/chosen": 0.1, "rewards/rejected": 0.2}])
