@@ -147,8 +147,8 @@ def missing(resources: ResourceSpec, free: Mapping[str, float], samplers: Sample
         "GPU": resources.workers * resources.gpus_per_worker,
     }
     if samplers is not None:
-        needed["CPU"] += samplers.samplers * samplers.cpus
-        needed["GPU"] += samplers.samplers * samplers.gpus
+        needed["CPU"] += samplers.booked_cpus
+        needed["GPU"] += samplers.booked_gpus
     return [f"{n} {kind}s ({free.get(kind, 0):g} free)" for kind, n in needed.items() if n > free.get(kind, 0)]
 
 

@@ -116,6 +116,8 @@ def show(found: dict[str, Any]) -> None:
         out.print(f"  it fits if you {escape(fix['text'])}: {_gib(fix['bytes'])}", soft_wrap=True)
     if plan["elsewhere"]:
         out.print(_elsewhere(plan))
+    for note in plan["notes"]:
+        out.print(escape(note), soft_wrap=True)
 
 
 def _parts(plan: dict[str, Any]) -> Table:

@@ -106,7 +106,6 @@ async def admit(
         InvalidSpec, InvalidData, ModelNotFound: the job cannot run; `param` names the field.
         Unavailable: the cluster cannot be asked what it has.
     """
-    require_there(spec)
     _require_trackers(spec)
     _require_quantizer(spec)
     sampled_checks.require_verifiers(spec)
@@ -122,16 +121,6 @@ async def admit(
     )
     await keep(model.source, store)
     return found.run, found.report
-
-
-def require_there(spec: JobSpec) -> None:
-    """Raises InvalidSpec for what can be written down and not run by this version."""
-    if sampled_choices.sampled(spec) and sampled_choices.gpus_of_a_sampler(spec):
-        raise InvalidSpec(
-            "samplers on GPUs are not there yet: this version samples on CPUs, on the machine that trains; "
-            "set sampling.gpus_per_sampler to 0",
-            param="sampling.gpus_per_sampler",
-        )
 
 
 async def files_of(spec: JobSpec, database: Database, clock: Clock | None = None) -> Files:
@@ -158,7 +147,6 @@ def consider(
     Raises:
         InvalidSpec, InvalidData: the job cannot run; `param` names the field.
     """
-    require_there(spec)
     max_length = choices.max_length(spec, model.max_length)
     tokenizer, seed = Tokenizer.load(model.directory), choices.seed(spec)
     admissible = _check_rows(spec, named, place, tokenizer, max_length, seed)

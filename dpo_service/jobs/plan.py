@@ -14,7 +14,7 @@ import psutil
 from dpo_service.clock import Clock
 from dpo_service.db.session import Database
 from dpo_service.errors import InvalidSpec, ModelNotFound
-from dpo_service.jobs.admit import Files, Place, consider, files_of, require_there
+from dpo_service.jobs.admit import Files, Place, consider, files_of
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.planning.plan import Plan, device, device_of, make_plan
 from dpo_service.planning.shape import read_shape
@@ -51,7 +51,6 @@ async def plan_job(
     Raises:
         InvalidSpec, InvalidData, ModelNotFound: the job would be refused; `param` names the field.
     """
-    require_there(spec)
     spec = on(spec, gpu, gpus)
     model = await resolve(spec.model, database=database, store=store, settings=settings)
     named = await files_of(spec, database, clock)
@@ -60,7 +59,6 @@ async def plan_job(
 
 async def plan_here(spec: JobSpec, *, gpu: str | None, gpus: int | None) -> Planned:
     """The same without a service: the model is a directory or a hub id, the files are paths. Raises as `plan_job`."""
-    require_there(spec)
     spec = on(spec, gpu, gpus)
     model = await _model_here(spec.model)
     named = Files(

@@ -65,10 +65,8 @@ def require_room(spec: JobSpec, capacity: Capacity) -> None:
     the cluster."""
     wanted, samplers = spec.resources, sampled_choices.samplers(spec, spec.max_length or choices.DEFAULT_MAX_LENGTH)
     judge = spec.judge if isinstance(spec.judge, RewardModelJudgeSpec) and spec.judge.engine == "vllm" else None
-    shared = samplers.samplers if samplers.shares_device else 0
-    gpus = wanted.workers * wanted.gpus_per_worker + samplers.samplers * samplers.gpus - shared
-    cpus = wanted.workers * wanted.cpus_per_worker + samplers.samplers * samplers.cpus
-    gpus, cpus = gpus + (judge.gpus if judge else 0), cpus + (judge.cpus if judge else 0)
+    gpus = wanted.workers * wanted.gpus_per_worker + samplers.booked_gpus + (judge.gpus if judge else 0)
+    cpus = wanted.workers * wanted.cpus_per_worker + samplers.booked_cpus + (judge.cpus if judge else 0)
     beside = " beside the judge's process" if judge else ""
     for kind, needed, there in (("GPU", gpus, capacity.gpus), ("CPU", cpus, capacity.cpus)):
         if needed > there:

@@ -4,18 +4,23 @@
 
 A restarted actor loads the weights it was made with and says so by its version; the pool pushes the newest. Nothing
 outlives the job: the actors are its own, and `close` ends them.
+
+A sampler with devices of its own books them, in a bundle of a placement group. One that shares a worker's device books
+nothing, since the worker has booked it whole: it is put on the worker's machine, and told the device (`Place`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from dpo_service.errors import DpoServiceError, SamplerLost, TrainingError
 from dpo_service.online.engine import environment
@@ -29,19 +34,41 @@ CLOSING_S = 10.0
 """A sampler that does not end by itself within it is ended by force."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a worker of the trainer computes."""
+
+    node: str
+    """Ray's id of its machine."""
+    gpu: str
+    """Its device there, as CUDA_VISIBLE_DEVICES names it."""
+
+
+def this_place() -> Place:
+    """Of the Ray worker that asks, which has booked a GPU."""
+    context = ray.get_runtime_context()
+    return Place(context.get_node_id(), str(context.get_accelerator_ids()["GPU"][0]))
+
+
 class SamplerActor:
     """The process of a sampler."""
 
-    async def __init__(self, spec: str, model_dir: str, version: int) -> None:  # type: ignore[misc]  # Ray awaits it
-        """`spec` is a SamplerSpec as JSON. Ray calls it again with the same when it restarts the actor."""
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, spec: str, model_dir: str, version: int, device: str | None = None
+    ) -> None:
+        """`spec` is a SamplerSpec as JSON; `device` is one that it has not booked. Ray calls it again with the same
+        when it restarts the actor."""
         from dpo_service.serve import scratch
         from dpo_service.telemetry import log
 
+        if device is not None:  # before torch looks, and for the engine's own process
+            os.environ["CUDA_VISIBLE_DEVICES"] = device
         scratch.use_own()
         log.quiet()
         from dpo_service.online.vllm_sampler import VllmSampler
 
         self._sampler = await VllmSampler.start(SamplerSpec.model_validate_json(spec), Path(model_dir), version)
+        self._group = ""
 
     @ray.method(max_task_retries=-1)  # type: ignore[untyped-decorator]
     async def version(self) -> int:
@@ -57,8 +84,13 @@ class SamplerActor:
     async def check_tensors(self, shapes: Mapping[str, Sequence[int]]) -> None:
         await self._sampler.check_tensors(shapes)
 
-    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+    async def group(self) -> str:
+        """That it receives weights in; none since it was started is ''."""
+        return self._group
+
+    async def join_group(self, init_info: dict[str, Any], group: str) -> None:
         await self._sampler.init_weight_transfer_engine(init_info)
+        self._group = group
 
     async def start_weight_update(self) -> None:
         await self._sampler.start_weight_update()
@@ -138,20 +170,38 @@ def _why(error: RayActorError) -> str:
 
 
 def start_actor(
-    spec: SamplerSpec, model_dir: Path, version: int, *, placement: Any = None, bundle: int = -1
+    spec: SamplerSpec,
+    model_dir: Path,
+    version: int,
+    *,
+    placement: Any = None,
+    bundle: int = -1,
+    beside: Place | None = None,
 ) -> RaySampler:
-    """A sampler in an actor, placed in `bundle` of the placement group `placement`. Returns before it has loaded."""
-    strategy = PlacementGroupSchedulingStrategy(placement, bundle) if placement is not None else "DEFAULT"
+    """A sampler in an actor, placed in `bundle` of the placement group `placement`, or on the device of the worker at
+    `beside`. Returns before it has loaded."""
     options = {
-        "num_cpus": spec.cpus,
-        "num_gpus": spec.gpus,
         "max_restarts": spec.max_restarts,
         "max_concurrency": CALLS_AT_ONCE,
-        "scheduling_strategy": strategy,
         "runtime_env": {"env_vars": environment(spec)},
+        **(_in_bundle(spec, placement, bundle) if beside is None else _at(beside)),
     }
-    handle = ray.remote(**options)(SamplerActor).remote(spec.model_dump_json(), str(model_dir), version)
+    device = None if beside is None else beside.gpu
+    handle = ray.remote(**options)(SamplerActor).remote(spec.model_dump_json(), str(model_dir), version, device)
     return RaySampler(handle)
+
+
+def _in_bundle(spec: SamplerSpec, placement: Any, bundle: int) -> dict[str, Any]:
+    strategy = PlacementGroupSchedulingStrategy(placement, bundle) if placement is not None else "DEFAULT"
+    return {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "scheduling_strategy": strategy}
+
+
+def _at(place: Place) -> dict[str, Any]:
+    return {
+        "num_cpus": 0,
+        "num_gpus": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=place.node, soft=False),
+    }
 
 
 async def start_pool(
@@ -162,16 +212,21 @@ async def start_pool(
     n: int,
     placement: Any = None,
     bundles: Sequence[int] = (),
+    beside: Sequence[Place] = (),
 ) -> SamplerPool:
     """`spec.samplers` samplers of the model in `model_dir`, loaded and ready for prompts of `n` answers each.
 
-    `bundles` are their places in `placement`, one each; without them Ray chooses.
+    `bundles` are their places in `placement`, one each; without them Ray chooses. Samplers that share devices are put
+    `beside` the workers.
 
     Raises:
         TrainingError: one of them cannot load the model. None is left behind.
     """
-    places = bundles or (-1,) * spec.samplers
-    samplers = [start_actor(spec, model_dir, version, placement=placement, bundle=place) for place in places]
+    if beside:
+        samplers = [start_actor(spec, model_dir, version, beside=place) for place in beside]
+    else:
+        places = bundles or (-1,) * spec.samplers
+        samplers = [start_actor(spec, model_dir, version, placement=placement, bundle=place) for place in places]
     try:
         versions = await asyncio.gather(*(sampler.version() for sampler in samplers))
     except BaseException:
@@ -190,6 +245,8 @@ def _restarted(sampler: RaySampler) -> Any:
 
 
 def bundles(spec: SamplerSpec) -> list[dict[str, float]]:
-    """What the samplers take, as bundles of a placement group."""
+    """What the samplers take, as bundles of a placement group; those that share devices take none."""
+    if spec.shares_device:
+        return []
     gpus = {"GPU": float(spec.gpus)} if spec.gpus else {}
     return [{"CPU": float(spec.cpus), **gpus} for _ in range(spec.samplers)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_service.checkpoint.format import digest_of
 from dpo_service.manifests.dataset import DatasetManifest
-from dpo_service.online.actors import start_pool
+from dpo_service.online.actors import Place, bundles, start_pool
 from dpo_service.online.curator import Curator, CuratorPlan
 from dpo_service.online.evaluation import SEEDS, HeldOut, Question
 from dpo_service.online.feed import Mixed, OnlineFeed, OnlinePlan
@@ -48,19 +48,23 @@ def plan_of(run: RunSpec, online: OnlineSpec, total_steps: int) -> CuratorPlan:
         pairs_per_step=run.batch.batch_size - online.mixed_pairs,
         seed=run.seed,
         staleness=online.staleness,
+        takes_turns=online.samplers.shares_device,
         sync_every=sync_every(online),
         chunk=max(1, online.samplers.max_num_seqs // online.sampling.n),
     )
 
 
-async def start_samplers(online: OnlineSpec, model_dir: Path, placement: Any) -> SamplerPool:
-    """The samplers, one in each bundle of `placement`.
+async def start_samplers(
+    online: OnlineSpec, model_dir: Path, placement: Any, beside: Sequence[Place] = ()
+) -> SamplerPool:
+    """The samplers, one in each bundle of `placement`, or `beside` the workers whose devices they share.
 
     Raises:
         TrainingError: one of them cannot be started. None is left behind.
     """
     places = tuple(range(online.samplers.samplers))
-    return await start_pool(online.samplers, model_dir, 0, n=online.sampling.n, placement=placement, bundles=places)
+    n = online.sampling.n
+    return await start_pool(online.samplers, model_dir, 0, n=n, placement=placement, bundles=places, beside=beside)
 
 
 def build_curator(
@@ -118,7 +122,9 @@ def build_feed(run: RunSpec, dataset: DatasetManifest, store: Store, client: Cur
         run.batch,
         ranks,
         sync_every=sync_every(online),
-        dtype=online.samplers.dtype,
+        samplers=online.samplers,
+        # Samplers on GPUs may be on other machines than rank 0, whose memory they do not see.
+        shared=store.path(paths.weights_dir(run.job_id)) if online.samplers.gpus else None,
         mixed=_mixed(run, online, dataset, store),
         validates=dataset.validation is not None,
         base_dir=locate_model(store, run.model) if online.sync == "never" and dataset.validation else None,
@@ -169,5 +175,5 @@ def _reward_model(online: OnlineSpec, store: Store, placement: Any) -> RewardMod
     if online.reward_model is None:
         return None
     directory = locate_model(store, online.reward_model)
-    bundle = online.samplers.samplers if placement is not None else -1
+    bundle = len(bundles(online.samplers)) if placement is not None else -1
     return RewardModelFiles(directory, digest_of(directory), placement=placement, bundle=bundle)

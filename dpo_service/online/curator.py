@@ -5,6 +5,9 @@
         position ──> prompts ──> sampler ──> source (judge) ──> pairs ──> ready[s] ──> whoever waits in `pairs(s)`
     another gives the samplers the newest weights that were published
 
+Samplers that share the trainer's device are woken to make a step's pairs, or to take an adapter, and sleep again before
+the pairs are handed out, since then the trainer trains.
+
 What unblocks each part: `pairs(s)` waits for the first task; the first for `pairs` or for a sync; the second for
 `published`; one condition wakes them all. Nothing sleeps. An error in either task is raised by everyone who waits.
 
@@ -55,6 +58,8 @@ class CuratorPlan:
     """Steps between two syncs of the samplers; None = they keep the initial policy."""
     chunk: int = 8
     """Prompts asked of the sampler in one call; each is judged as soon as its chunk is there."""
+    takes_turns: bool = False
+    """Samplers and trainer share a device; staleness is then 0."""
 
     def required(self, step: int) -> int:
         """The oldest version whose samples step `step` may train on."""
@@ -92,6 +97,7 @@ class Curator:
         self._version, self._asked, self._synced_in = 0, step, 0.0
         self._pending: tuple[Weights, bool] | None = None
         self._making = self._lent = False
+        self._lacking, self._asked_for = False, dict[int, int]()
         self._ready: dict[int, StepPairs] = {}
         self._leftover: deque[PairRow] = deque()
         self._position = int(counters.get("position", 0))
@@ -112,8 +118,11 @@ class Curator:
             self._version = (await self._sampler.sync(weights)).version
         self._tasks = [asyncio.create_task(self._guarded(work)) for work in (self._make(step), self._sync())]
 
-    async def pairs(self, step: int) -> StepPairs:
+    async def pairs(self, step: int, sent: int = 0) -> StepPairs | None:
         """The pairs of step `step`; returns when there are enough. May be asked again until the next step is.
+
+        None: a sampler lacks weights that only the trainer can send. It is to send them, on all ranks, and ask again
+        with `sent`, how often it has done so for this step, one higher. Every rank is answered alike.
 
         Raises:
             TrainingError: the sampler or the judge has failed for good; too few prompts gave a pair.
@@ -121,12 +130,26 @@ class Curator:
         async with self._changed:
             self._asked = max(self._asked, step)
             self._changed.notify_all()
-            await self._changed.wait_for(lambda: step in self._ready or self._error is not None)
+            await self._changed.wait_for(partial(self._may_answer, step, sent))
+            if sent < self._asked_for.get(step, 0):
+                return None
             if step not in self._ready:
                 self._raise()
+                self._lacking, self._asked_for[step] = False, sent + 1
+                return None
             for done in [one for one in self._ready if one < step - 1]:
                 del self._ready[done]
             return self._ready[step]
+
+    def _may_answer(self, step: int, sent: int) -> bool:
+        known = step in self._ready or self._error is not None or self._lacking
+        return known or sent < self._asked_for.get(step, 0)
+
+    async def lacking(self) -> None:
+        """A sampler lacks weights that only the trainer can send: it is asked for them when it asks for pairs."""
+        async with self._changed:
+            self._lacking = True
+            self._changed.notify_all()
 
     async def published(self, weights: Weights, lent: bool = False) -> None:
         """Newer weights are there. Returns at once: the samplers take them when their answers under way have ended.
@@ -199,6 +222,9 @@ class Curator:
                 await self._changed.wait_for(self._may_sync)
                 assert self._pending is not None
                 (weights, lent), self._pending = self._pending, None
+                self._lacking = False  # who still lacks them will say so again
+            if self._plan.takes_turns and weights.kind != "device":
+                await self._sampler.wake()
             synced = await self._sampler.sync(weights)
             async with self._changed:
                 self._version = synced.version
@@ -214,7 +240,7 @@ class Curator:
             async with self._changed:
                 await self._changed.wait_for(partial(self._may_make, step))
                 self._making = True
-            made = await self._step(step)
+            made = await self._in_turn(step)
             async with self._changed:
                 self._making = False
                 if self._error is not None:  # whoever asked for this step was told so
@@ -222,6 +248,14 @@ class Curator:
                 self._ready[step] = made
                 self._changed.notify_all()
             step += 1
+
+    async def _in_turn(self, step: int) -> StepPairs:
+        if not self._plan.takes_turns:
+            return await self._step(step)
+        await self._sampler.wake()
+        made = await self._step(step)
+        await self._sampler.sleep()
+        return made
 
     def _may_make(self, step: int) -> bool:
         ahead, newest = self._asked + self._plan.staleness, self._version

@@ -10,12 +10,17 @@ from dpo_service.specs.sampling import LORA_RANKS, SamplerSpec
 
 FILE_BACKEND = "dpo_file"
 EXTENSION = "dpo_service.online.file_transfer.Registered"
+CLAIMED = 0.01
+"""Of a shared device's memory, at the start; its cache is given in bytes, and then vLLM asks for nothing else by it."""
 
 
 def environment(spec: SamplerSpec) -> dict[str, str]:
     """Environment of a sampler's process."""
-    threads = {} if spec.gpus else {"OMP_NUM_THREADS": str(spec.cpus)}
-    return serving.environment(spec.gpus) | threads
+    if not spec.gpus:
+        return serving.environment(0) | {"OMP_NUM_THREADS": str(spec.cpus)}
+    # Handles of device memory (never the weights themselves) reach the engine's process pickled, over a local socket.
+    handles = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if spec.sync == "ipc" else {}
+    return serving.environment(spec.gpus) | handles
 
 
 def engine_options(spec: SamplerSpec, model_dir: Path) -> dict[str, Any]:
@@ -29,7 +34,7 @@ def engine_options(spec: SamplerSpec, model_dir: Path) -> dict[str, Any]:
         "disable_log_stats": True,
         "enable_prefix_caching": True,
     }
-    return options | _weights(spec) | (_on_gpus(spec) if spec.gpus else _on_cpu(spec, model_dir))
+    return options | _weights(spec) | (_on_gpus(spec, model_dir) if spec.gpus else _on_cpu(spec, model_dir))
 
 
 def _weights(spec: SamplerSpec) -> dict[str, Any]:
@@ -43,13 +48,25 @@ def _weights(spec: SamplerSpec) -> dict[str, Any]:
     return {"weight_transfer_config": {"backend": spec.sync}}
 
 
-def _on_gpus(spec: SamplerSpec) -> dict[str, Any]:
-    options: dict[str, Any] = {"tensor_parallel_size": spec.gpus, "enable_sleep_mode": spec.shares_device}
+def _on_gpus(spec: SamplerSpec, model_dir: Path) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "tensor_parallel_size": spec.gpus,
+        "enable_sleep_mode": spec.shares_device,
+        # Named, because in an actor of a placement group vLLM would ask Ray for workers of its own.
+        "distributed_executor_backend": "mp" if spec.gpus > 1 else "uni",
+    }
     if spec.kv_cache_bytes is not None:
         options["kv_cache_memory_bytes"] = spec.kv_cache_bytes
     if spec.max_model_len is not None:
         options["max_model_len"] = spec.max_model_len
-    return options
+    return options | (_beside_a_trainer(spec, model_dir) if spec.shares_device else {})
+
+
+def _beside_a_trainer(spec: SamplerSpec, model_dir: Path) -> dict[str, Any]:
+    """On a device whose memory is another's too, vLLM must neither claim a share of all of it, which is not free, nor
+    give to its cache what is free before the optimizer's state is there."""
+    cache = spec.kv_cache_bytes or wanted_cache_bytes(spec, model_dir)
+    return {"gpu_memory_utilization": CLAIMED, "kv_cache_memory_bytes": cache}
 
 
 def _on_cpu(spec: SamplerSpec, model_dir: Path) -> dict[str, Any]:
@@ -63,12 +80,17 @@ def _on_cpu(spec: SamplerSpec, model_dir: Path) -> dict[str, Any]:
 
 def cache_bytes(spec: SamplerSpec, model_dir: Path) -> int:
     """Room for `max_num_seqs` sequences of full length, within bounds, but always for one of `max_model_len`."""
+    wanted = wanted_cache_bytes(spec, model_dir)
+    bounded = max(serving.CACHE_MIN_BYTES, min(serving.CACHE_MAX_BYTES, wanted))
+    return max(bounded, wanted // spec.max_num_seqs) if spec.max_model_len else bounded
+
+
+def wanted_cache_bytes(spec: SamplerSpec, model_dir: Path) -> int:
+    """Room for `max_num_seqs` sequences of full length."""
     config = serving.read_config(model_dir)
     token = serving.token_bytes(config, spec.dtype)
     if token is None:
         return serving.CACHE_DEFAULT_BYTES
     length = spec.max_model_len or int(config.get("max_position_embeddings") or 4096)
     # One block is vLLM's own, and a sequence may end in a block begun for one token.
-    sequence = (length + 2 * serving.BLOCK) * token
-    wanted = max(serving.CACHE_MIN_BYTES, min(serving.CACHE_MAX_BYTES, spec.max_num_seqs * sequence))
-    return max(wanted, sequence) if spec.max_model_len else wanted
+    return spec.max_num_seqs * (length + 2 * serving.BLOCK) * token

@@ -26,17 +26,25 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 
 class Exporter:
-    """Writes versions for samplers on the same machine. `close` removes them."""
+    """Writes versions as files. `close` removes them."""
 
-    def __init__(self, state: TrainState, dtype: str, sync_every: int | None, base_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        dtype: str,
+        sync_every: int | None,
+        base_dir: Path | None = None,
+        shared: Path | None = None,
+    ) -> None:
         """`dtype` is that of the samplers' weights, `sync_every` in steps; None = never, and then `base_dir` is where
-        the base model lies."""
+        the base model lies. Files are in this machine's memory, or in the folder `shared`, which samplers on other
+        machines see too."""
         self._state, self._dtype, self._every, self._base_dir = state, dtype, sync_every, base_dir
         self._held: Weights | None = None
         self._lent: int | None = None
         self._adapter = base_of(state.policy) is not state.policy
         count = sum(parameter.numel() for parameter in trained_parameters(state.policy).values())
-        self._folder = WeightsFolder(count * (4 if self._adapter else BYTES[dtype]))
+        self._folder = WeightsFolder(count * (4 if self._adapter else BYTES[dtype]), shared=shared)
 
     @property
     def held(self) -> Weights:
@@ -49,9 +57,7 @@ class Exporter:
         if self._every is None:
             self._held = self._base()
             return self._held
-        version = step - step % self._every
-        moving = self._state.moving
-        self._held = self._publish(version, moving.weights if moving is not None and version != step else None)
+        self._held = self._publish(*version_at(self._state, step, self._every))
         return self._held
 
     def after(self, step: int) -> Weights | None:
@@ -95,3 +101,10 @@ class Exporter:
             places = {parameter.data_ptr(): name for name, parameter in trained.items()}
             state = {name: instead[places[t.data_ptr()]] if t.data_ptr() in places else t for name, t in state.items()}
         return self._folder.publish(policy, state, version, self._dtype)
+
+
+def version_at(state: TrainState, step: int, every: int) -> tuple[int, dict[str, Tensor] | None]:
+    """The newest version the samplers may have at step number `step`, and what of the policy's parameters it has other
+    values for: within an iteration all of them, those of the reference."""
+    version = step - step % every
+    return version, state.moving.weights if state.moving is not None and version != step else None

@@ -5,23 +5,33 @@ batches(s)  every rank: curator.pairs(s) ──> this rank's share, as micro-bat
 after_step  weights of version s + 1 ──> curator.published                        (rank 0)
 evaluate    weights of this version ──> curator.published (rank 0); curator.evaluate ──> answers and scores, and this
             rank's share of their log-probabilities under policy and reference    (the same answers on every rank)
+
+Where samplers are on GPUs, `start` begins with new ones, put beside the ranks if they share their devices; whole
+weights are then sent by every rank (`device_export`), in `start`, in `after_step`, and in `batches` where a sampler was
+restarted. Who shares its device gives it back what it has cached before the samplers wake.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpo_service.clock import monotonic
 from dpo_service.errors import DpoServiceError, StopAsked, TrainingError
+from dpo_service.online.device_export import Exporting, exporter_of
 from dpo_service.online.divergence import divergence
 from dpo_service.online.export import Exporter
+from dpo_service.online.port import Weights
 from dpo_service.online.steps import CuratorClient, PairRow, StepPairs, StepStats
 from dpo_service.rows.plan import BatchPlan, PromptOrder
 from dpo_service.specs.eval import HELD_OUT
 from dpo_service.specs.run import BatchSpec
+from dpo_service.specs.sampling import SamplerSpec
 from dpo_service.train.batch import MicroBatch, collate
 from dpo_service.train.ranks import Ranks
 from dpo_service.train.rows import Example, RowTable
@@ -29,6 +39,7 @@ from dpo_service.train.step import TrainState
 from dpo_service.train.validation import Validation
 
 COUNTERS = "online"
+ON_CPU = SamplerSpec()
 
 
 @dataclass(frozen=True)
@@ -67,17 +78,19 @@ class OnlineFeed:
         ranks: Ranks,
         *,
         sync_every: int | None,
-        dtype: str = "float32",
+        samplers: SamplerSpec = ON_CPU,
+        shared: Path | None = None,
         mixed: Mixed | None = None,
         validates: bool = False,
         base_dir: Path | None = None,
     ) -> None:
-        """`sync_every`, `dtype` and `base_dir` as `export.Exporter`; None = the samplers keep the base model.
-        `validates`: the curator has held-out prompts."""
+        """`sync_every` in steps; None = the samplers keep the base model, in `base_dir`. `shared` as for
+        `export.Exporter`. `validates`: the curator has held-out prompts."""
         self.plan, self.validates = plan, validates
         self._client, self._batch, self._ranks, self._mixed = client, batch, ranks, mixed
-        self._sync_every, self._dtype, self._base_dir = sync_every, dtype, base_dir
-        self._exporter: Exporter | None = None
+        self._sync_every, self._base_dir = sync_every, base_dir
+        self._spec, self._shared = samplers, shared
+        self._exporter: Exporting | None = None
         self._stats = StepStats()
         self._counters: dict[str, Any] = {}
 
@@ -92,23 +105,43 @@ class OnlineFeed:
             StopAsked: on every rank, before they were there.
         """
         self._counters = dict(counters.get(COUNTERS, {}))
+        if self._spec.gpus:
+            self._make_room()
+            self._client.join(self._ranks.rank)
+            self._ranks.sum([0.0])  # all have joined
+        with self._agreed():
+            self._exporter = self._exporting(state)
+        with self._agreed():
+            weights = self._exporter.first(step) if self._exporter is not None else None
+            if self._ranks.first:
+                self._client.start(step, weights, self._counters)
+
+    def _exporting(self, state: TrainState) -> Exporting | None:
+        samplers = self._client.samplers() if self._spec.gpus and self._ranks.first else ()
+        if self._sync_every is None and not self.validates:
+            return None
+        every, base = self._sync_every, self._base_dir
+        return exporter_of(state, self._spec, every, self._ranks, samplers, base, self._shared)
+
+    @contextmanager
+    def _agreed(self) -> Iterator[None]:
+        """What one rank raises within is raised on every rank."""
         error: DpoServiceError | None = None
-        if self._ranks.first:
-            try:
-                self._start(state, step)
-            except DpoServiceError as raised:
-                error = raised
+        try:
+            yield
+        except DpoServiceError as raised:
+            error = raised
         failed, stopped = self._ranks.sum([float(error is not None), float(isinstance(error, StopAsked))])
         if failed:
             other = StopAsked if stopped else TrainingError
             raise error or other("the samplers could not be started; see rank 0")
 
-    def _start(self, state: TrainState, step: int) -> None:
-        weights = None
-        if self._sync_every is not None or self.validates:
-            self._exporter = Exporter(state, self._dtype, self._sync_every, self._base_dir)
-            weights = self._exporter.first(step)
-        self._client.start(step, weights, self._counters)
+    def _make_room(self) -> None:
+        """Before samplers wake on the device that every rank computes on: give back what it keeps without need."""
+        if self._spec.shares_device:
+            if self._ranks.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._ranks.sum([0.0])  # each rank's own sampler may be woken by rank 0
 
     def batches(self, step: int) -> list[MicroBatch]:
         """This rank's share of the step; it may be empty.
@@ -127,7 +160,10 @@ class OnlineFeed:
 
     def _waited_for(self, step: int) -> StepPairs:
         started = monotonic()
-        made = self._client.pairs(step)
+        sent = 0
+        while (made := self._client.pairs(step, sent)) is None:
+            sent += 1
+            self._publish(self._exporter.first(step) if self._exporter is not None else None)
         made.stats.wait_seconds = monotonic() - started
         self._stats += made.stats
         self._counters = made.counters
@@ -153,7 +189,7 @@ class OnlineFeed:
         found = self._client.evaluate(step)
         seconds = monotonic() - started
         if lent and step < self.plan.total_steps:
-            assert self._exporter is not None
+            assert isinstance(self._exporter, Exporter)
             self._client.published(self._exporter.held)
         run = state.run
         far = divergence(state.policy, state.reference, found.answers, run.batch, state.ranks, run.precision)
@@ -161,7 +197,8 @@ class OnlineFeed:
 
     def _show(self, step: int) -> bool:
         """Let the samplers have the policy after `step` steps; whether it is only lent to them."""
-        if self._exporter is None or step == self._exporter.held.version:
+        # One of devices lends nothing: admission refuses held-out prompts there.
+        if not isinstance(self._exporter, Exporter) or step == self._exporter.held.version:
             return False
         weights = self._exporter.after(step)
         self._client.published(weights or self._exporter.lend(step), weights is None)
@@ -169,10 +206,13 @@ class OnlineFeed:
 
     def after_step(self, state: TrainState, step: int) -> None:
         """Hand out the policy after `step` steps, where the samplers are to have it."""
-        if self._exporter is None or step == self.plan.total_steps:
+        if step == self.plan.total_steps:
             return
-        weights = self._exporter.after(step)
-        if weights is not None:
+        self._make_room()
+        self._publish(self._exporter.after(step) if self._exporter is not None else None)
+
+    def _publish(self, weights: Weights | None) -> None:
+        if weights is not None and self._ranks.first:
             self._client.published(weights)
 
     def counters(self) -> dict[str, Any]:

@@ -2,8 +2,14 @@
 
     fit (driver) ── placement group ──> sampler actors (vLLM)      owned by the curator's actor: they end with it
          │                     ──> a reward model's actor (vLLM)    the same, where the job's judge is one
-         ├── CuratorActor ── asks ──────────┘                         they load while the workers start
-         └── train.ray_worker.fit ── workers ── OnlineFeed ── RayCurator ──> CuratorActor
+         ├── CuratorActor ── asks ──────────┘     ^                   they load while the workers start
+         └── train.ray_worker.fit ── workers ─────┴ OnlineFeed ── RayCurator ──> CuratorActor
+                                                  whole weights, on GPUs (`device_transfer`)
+
+Who gets which device. Samplers with GPUs of their own have them by the placement group, workers have theirs by Ray
+Train. Where they share, workers book theirs whole and say where they are (`join`), and each sampler is put beside one,
+outside the placement group; so samplers are started when the workers are there. Samplers on GPUs are started anew
+with every group of workers, which may be elsewhere, and whose dead predecessors may have left a transfer half done.
 
 What dies and what follows. A sampler: Ray restarts it, the pool asks its prompts again (`pool`). A worker: Ray Train
 starts the group again from the newest checkpoint, and the feed starts the curator there. The curator: Ray restarts its
@@ -19,7 +25,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +37,7 @@ from ray.util import placement_group, remove_placement_group
 
 from dpo_service.errors import DpoServiceError, StopAsked, TrainingError
 from dpo_service.manifests.dataset import DatasetManifest
-from dpo_service.online.actors import bundles
+from dpo_service.online.actors import Place, RaySampler, bundles, this_place
 from dpo_service.online.assemble import build_curator, build_feed, start_samplers
 from dpo_service.online.evaluation import Evaluation
 from dpo_service.online.feed import OnlineFeed
@@ -52,7 +58,7 @@ MAX_CURATOR_RESTARTS = 3
 LOOK_S = 0.5
 """How often the stop flag is looked for while something is waited for."""
 CLOSING_S = 30.0
-START = -1
+START = (-1, 0)
 """Stands for the start among the steps that are given or refused."""
 RESTARTED = "this actor was restarted: the trainer has to start it again"
 
@@ -75,12 +81,14 @@ def fit(
     placement = curator = None
     try:
         _wait_for(turn.take, stop)
-        placement = placement_group(wanted, strategy="PACK")
-        _wait_for(partial(placement.wait, LOOK_S), stop)
+        if wanted:
+            placement = placement_group(wanted, strategy="PACK")
+            _wait_for(partial(placement.wait, LOOK_S), stop)
         config = CuratorConfig(str(store.root), run.job_id, attempt.attempt, dataset, str(model_dir))
         options = {"num_cpus": 0, "max_restarts": MAX_CURATOR_RESTARTS, "max_concurrency": CALLS_AT_ONCE}
         curator = ray.remote(**options)(CuratorActor).remote(config, placement)
-        curator.prepare.remote()
+        if not run.online.samplers.shares_device:
+            curator.prepare.remote()
         threading.Thread(target=_give_back, args=(turn, curator), daemon=True).start()
         return ray_worker.fit(store, attempt, dataset, model_dir, base_digest, feed=CuratorFeed(curator))
     finally:
@@ -90,6 +98,7 @@ def fit(
             remove_placement_group(placement)
         turn.give_back()
         remove_orphans()
+        store.delete(paths.weights_dir(run.job_id))
 
 
 def _wait_for(ready: Callable[[], bool], stop: Path) -> None:
@@ -134,8 +143,35 @@ class CuratorActor:
         self._begun = asyncio.Event()
         self._building: asyncio.Task[Any] | None = None
         self._curator: Any = None
-        self._given: dict[int, bool] = {}
-        """Steps whose pairs a rank has got (True), or was refused because of a stop."""
+        self._given: dict[tuple[int, int], bool] = {}
+        """Steps, each time they were asked for, whose pairs a rank has got (True), or was refused because of a stop."""
+        self._places: dict[int, Place] = {}
+        self._handles: list[Any] = []
+        self._taken = False
+        """A group of workers has had the samplers."""
+
+    async def join(self, rank: int, place: Place) -> None:
+        """The worker of `rank` computes there."""
+        self._places[rank] = place
+
+    async def samplers(self) -> list[Any]:
+        """As `steps.CuratorClient.samplers`.
+
+        Raises:
+            StopAsked: before they were there.
+        """
+        self._begun.set()
+        self._given = {}
+        with _named():
+            await self._unless_stopped(self._untaken())
+        return self._handles
+
+    async def _untaken(self) -> None:
+        if self._taken:
+            await self.close()
+            self._building = None
+        self._taken = True
+        self._curator = await asyncio.shield(self._build())
 
     async def prepare(self) -> None:
         """Load the samplers. What fails of it is raised by `start`."""
@@ -160,7 +196,7 @@ class CuratorActor:
         self._curator = await asyncio.shield(self._build())
         await self._curator.start(step, weights, counters)
 
-    async def pairs(self, step: int) -> StepPairs:
+    async def pairs(self, step: int, sent: int = 0) -> StepPairs | None:
         """As `Curator.pairs`.
 
         Raises:
@@ -168,7 +204,8 @@ class CuratorActor:
         """
         assert self._curator is not None, RESTARTED
         with _named():
-            made: StepPairs = await self._unless_stopped(self._curator.pairs(step), step)
+            work = self._curator.pairs(step, sent)
+            made: StepPairs | None = await self._unless_stopped(work, (step, sent))
             return made
 
     async def published(self, weights: Weights, lent: bool = False) -> None:
@@ -188,7 +225,7 @@ class CuratorActor:
         with contextlib.suppress(asyncio.CancelledError, DpoServiceError):
             await (await self._building).close()
 
-    async def _unless_stopped(self, work: Awaitable[Any], step: int = START) -> Any:
+    async def _unless_stopped(self, work: Awaitable[Any], step: tuple[int, int] = START) -> Any:
         """What `work` for `step` gives. Of one step all ranks get what the first one got: it, or StopAsked."""
         given, asked = self._given, asyncio.ensure_future(work)
         try:
@@ -214,12 +251,17 @@ class CuratorActor:
         run = store.read_model(paths.attempt_spec(config.job_id, config.attempt), AttemptSpec).run
         assert run.online is not None, "the driver has seen to it"
         model_dir = Path(config.model_dir)
-        sampler = await start_samplers(run.online, model_dir, self._placement)
+        shared = run.online.samplers.shares_device
+        beside = [self._places[rank] for rank in range(run.resources.workers)] if shared else []
+        sampler = await start_samplers(run.online, model_dir, self._placement, beside)
         try:
-            return build_curator(run, config.dataset, store, model_dir, sampler, self._placement)
+            curator = build_curator(run, config.dataset, store, model_dir, sampler, self._placement)
         except BaseException:
             await sampler.close()
             raise
+        sampler.on_lacking = curator.lacking
+        self._handles = [one.sampler.handle for one in sampler.members if isinstance(one.sampler, RaySampler)]
+        return curator
 
 
 @contextlib.contextmanager
@@ -245,11 +287,18 @@ class RayCurator:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
+    def join(self, rank: int) -> None:
+        _ask(self._handle.join.remote(rank, this_place()))
+
+    def samplers(self) -> Sequence[Any]:
+        handles: list[Any] = _ask(self._handle.samplers.remote())
+        return handles
+
     def start(self, step: int, weights: Weights | None, counters: Mapping[str, Any]) -> None:
         _ask(self._handle.start.remote(step, weights, counters))
 
-    def pairs(self, step: int) -> StepPairs:
-        made: StepPairs = _ask(self._handle.pairs.remote(step))
+    def pairs(self, step: int, sent: int = 0) -> StepPairs | None:
+        made: StepPairs | None = _ask(self._handle.pairs.remote(step, sent))
         return made
 
     def published(self, weights: Weights, lent: bool = False) -> None:

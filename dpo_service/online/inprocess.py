@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 from dpo_service.online.curator import Curator
@@ -18,8 +18,10 @@ T = TypeVar("T")
 class InProcessCurator:
     """A `CuratorClient` for one rank; `with` ends the curator and the thread."""
 
-    def __init__(self, make: Callable[[], Curator]) -> None:
-        """`make` is called in the thread's event loop, to which the curator then belongs."""
+    def __init__(self, make: Callable[[], Curator], samplers: Sequence[Any] = ()) -> None:
+        """`make` is called in the thread's event loop, to which the curator then belongs. `samplers` are its samplers
+        as a trainer reaches them that sends them weights."""
+        self._samplers = samplers
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="curator", daemon=True)
         self._thread.start()
@@ -28,8 +30,14 @@ class InProcessCurator:
     def start(self, step: int, weights: Weights | None, counters: Mapping[str, Any]) -> None:
         self._do(self._curator.start(step, weights, counters))
 
-    def pairs(self, step: int) -> StepPairs:
-        return self._do(self._curator.pairs(step))
+    def join(self, rank: int) -> None:
+        """One rank, in the same process."""
+
+    def samplers(self) -> Sequence[Any]:
+        return self._samplers
+
+    def pairs(self, step: int, sent: int = 0) -> StepPairs | None:
+        return self._do(self._curator.pairs(step, sent))
 
     def published(self, weights: Weights, lent: bool = False) -> None:
         self._do(self._curator.published(weights, lent))

@@ -7,6 +7,9 @@
 
 A slot is room for one chunk at one sampler, so whoever asks for more waits here. Nothing sleeps and nothing polls: a
 free slot wakes the first who waits, and the death of the last sampler wakes them all.
+
+Weights of kind `device` cannot be pushed from here: a sampler that was restarted says what it lacks (`on_lacking`) and
+waits, without slots, for the trainer's next transfer, which it is part of.
 """
 
 from __future__ import annotations
@@ -65,18 +68,21 @@ class SamplerPool:
     def __init__(self, members: Sequence[Member], *, chunk: int, slots: int = SLOTS) -> None:
         """`chunk` prompts are asked of a sampler at a time."""
         self.counts = PoolCounts()
-        self._members = list(members)
+        self.members = list(members)
         self._chunk = chunk
         self._newest: Weights | None = None
+        self.on_lacking: Callable[[], Awaitable[None]] | None = None
+        """Called where a sampler is there again and lacks weights that only a transfer brings."""
+        self._transferred = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
         self._free: asyncio.Queue[Member | None] = asyncio.Queue()
         for _ in range(slots):
-            for member in self._members:
+            for member in self.members:
                 self._free.put_nowait(member)
 
     async def version(self) -> int:
         """That all of them have, or are about to have after a restart."""
-        return self._newest.version if self._newest else min(member.version for member in self._members)
+        return self._newest.version if self._newest else min(member.version for member in self.members)
 
     async def sample(self, prompts: Sequence[SamplePrompt], options: SamplingSpec) -> list[tuple[Sample, ...]]:
         starts = range(0, len(prompts), self._chunk)
@@ -128,7 +134,7 @@ class SamplerPool:
             await member.back.wait()
         if not member.gone:
             self._free.put_nowait(member)
-        elif all(other.gone for other in self._members):
+        elif all(other.gone for other in self.members):
             self._free.put_nowait(None)
 
     def _lose(self, member: Member, life: int, error: SamplerLost) -> None:
@@ -147,20 +153,33 @@ class SamplerPool:
             try:
                 await member.revive()
                 member.version = await member.sampler.version()
-                while self._newest is not None and member.version != self._newest.version:
-                    member.version = (await member.sampler.sync(self._newest)).version
+                await self._catch_up(member)
                 member.lost = False
             except TrainingError as error:
                 member.gone = True
                 log.error("a sampler is gone: %s", error.message)
         member.back.set()
 
+    async def _catch_up(self, member: Member) -> None:
+        while self._newest is not None and member.version != self._newest.version:
+            if self._newest.kind != "device":
+                member.version = (await member.sampler.sync(self._newest)).version
+                continue
+            transferred = self._transferred
+            if self.on_lacking is not None:
+                await self.on_lacking()
+            await transferred.wait()
+            member.version = await member.sampler.version()
+
     async def sync(self, weights: Weights) -> Synced:
         """All samplers at once. One that dies of it gets them when it is back."""
         started, before = time.monotonic(), self._newest
         self._newest = weights
+        if weights.kind == "device":
+            self._transferred.set()
+            self._transferred = asyncio.Event()
         try:
-            done = await all_of(self._synced(member, weights) for member in self._members)
+            done = await all_of(self._synced(member, weights) for member in self.members)
         except WeightsRefused:
             self._newest = before
             raise
@@ -168,6 +187,8 @@ class SamplerPool:
         return Synced(weights.version, time.monotonic() - started, paused)
 
     async def _synced(self, member: Member, weights: Weights) -> Synced | None:
+        if member.lost and weights.kind == "device":
+            return None  # it waits for a transfer, and looks itself whether it was part of this one
         async with member.weights:
             if member.lost:
                 return None
@@ -181,16 +202,25 @@ class SamplerPool:
             return done
 
     async def sleep(self) -> None:
-        await asyncio.gather(*(member.sampler.sleep() for member in self._members if not member.lost))
+        await all_of(self._told(member, member.sampler.sleep) for member in self.members)
 
     async def wake(self) -> None:
-        await asyncio.gather(*(member.sampler.wake() for member in self._members if not member.lost))
+        await all_of(self._told(member, member.sampler.wake) for member in self.members)
+
+    async def _told(self, member: Member, what: Callable[[], Awaitable[None]]) -> None:
+        if member.lost:
+            return
+        life = member.life
+        try:
+            await what()
+        except SamplerLost as error:
+            self._lose(member, life, error)
 
     async def close(self) -> None:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        await asyncio.gather(*(member.sampler.close() for member in self._members))
+        await asyncio.gather(*(member.sampler.close() for member in self.members))
 
     def _in_background(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

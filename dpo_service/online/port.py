@@ -46,13 +46,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Weights:
-    """New weights, as files that no one changes any more."""
+    """New weights, as files that no one changes any more; or word that they were sent from device to device."""
 
     version: int
-    kind: Literal["full", "adapter"]
-    path: str
+    kind: Literal["full", "adapter", "device"]
+    path: str = ""
     """A safetensors file, or of an adapter a directory in peft's layout."""
-    digest: str
+    digest: str = ""
     """sha256 of the file's bytes; of an adapter's tensors and configuration."""
 
 
@@ -79,11 +79,13 @@ class Sampler(Protocol):
         ...
 
     async def sync(self, weights: Weights) -> Synced:
-        """Sample from `weights` from now on, whatever was cached for the old ones dropped.
+        """Sample from `weights` from now on, whatever was cached for the old ones dropped. Those of kind `device` the
+        trainer has sent already (`device_transfer`): only whether they are here is looked at.
 
         Raises:
             WeightsRefused: they are not what they say they are, or not this model's. Nothing has changed.
-            SamplerLost: the sampler died of it, or its weights are torn and it has to be restarted.
+            SamplerLost: the sampler died of it, or its weights are torn and it has to be restarted; or it was not among
+                those that the trainer sent them to.
         """
         ...
 

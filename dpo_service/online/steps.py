@@ -6,7 +6,7 @@ PromptRow ──> samples ──> verdict ──> PairRow ... ──> StepPairs 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -158,7 +158,15 @@ class StepPairs:
 class CuratorClient(Protocol):
     """The curator as a trainer's rank sees it. Every call blocks, and raises what made the curator fail."""
 
+    def join(self, rank: int) -> None:
+        """Say where this rank computes; asked of every rank before `samplers`, where these are on GPUs."""
+        ...
+
+    def samplers(self) -> Sequence[Any]:
+        """Start samplers on GPUs, anew where there are some: handles of their actors."""
+        ...
+
     def start(self, step: int, weights: Any, counters: Mapping[str, Any]) -> None: ...
-    def pairs(self, step: int) -> StepPairs: ...
+    def pairs(self, step: int, sent: int = 0) -> StepPairs | None: ...
     def published(self, weights: Any, lent: bool = False) -> None: ...
     def evaluate(self, step: int) -> Evaluation: ...

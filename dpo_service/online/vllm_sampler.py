@@ -8,6 +8,13 @@ On the CPU the engine's core is on a thread of this process (`serve/inprocess.py
 Whole weights come over vLLM's weight transfer: `file_transfer` on the CPU; NCCL or CUDA IPC on GPUs, and then a trainer
 drives the four `..._weight_...` methods (`device_transfer.py`). An adapter is loaded beside the base, which stays as it
 is.
+
+On a device that trainer and sampler share, in the order of a step:
+
+    curator   wake: what still sleeps ── the step's answers and verdicts ── sleep: weights to the host, cache dropped
+    trainer   trains the step, then gives what it has cached back to the device
+    start_weight_update   the weights wake, alone: an update of sleeping weights kills the engine
+    finish_weight_update  version set; the cache sleeps on until the curator wakes it
 """
 
 from __future__ import annotations
@@ -32,6 +39,8 @@ from dpo_service.specs.sampling import SamplerSpec, SamplingSpec
 T = TypeVar("T")
 SEEDS = 1 << 62
 TORN = -1
+WEIGHTS, CACHE = "weights", "kv_cache"
+"""What of an engine sleeps, by vLLM's names."""
 
 
 class VllmSampler:
@@ -48,6 +57,7 @@ class VllmSampler:
         self._adapter: Any = None
         self._torn: str | None = None
         self._held = AsyncExitStack()
+        self._asleep: set[str] = set()
         self._names = count()
 
     @classmethod
@@ -99,9 +109,10 @@ class VllmSampler:
 
     async def sync(self, weights: Weights) -> Synced:
         started = time.monotonic()
-        expected_kind = "full" if self._spec.lora_rank is None else "adapter"
-        if weights.kind != expected_kind or (weights.kind == "full" and self._spec.sync != "file"):
-            raise WeightsRefused(f"this sampler takes no {weights.kind} weights from files")
+        if weights.kind != self._kind:
+            raise WeightsRefused(f"this sampler takes no {weights.kind} weights")
+        if weights.kind == "device":
+            return await self._sent(weights.version)
         await asyncio.to_thread(check, weights, self._shapes, self._spec.dtype)
         if weights.kind == "adapter":
             paused = await self._load_adapter(weights)
@@ -112,6 +123,20 @@ class VllmSampler:
             await self.finish_weight_update(weights.version)
         done = time.monotonic()
         return Synced(self._version, done - started, done - paused)
+
+    @property
+    def _kind(self) -> str:
+        """Of the weights that it takes."""
+        if self._spec.lora_rank is not None:
+            return "adapter"
+        return "full" if self._spec.sync == "file" else "device"
+
+    async def _sent(self, version: int) -> Synced:
+        """Whether the trainer has sent `version`: a sampler that was restarted has missed it."""
+        here = await self.version()
+        if here != version:
+            raise SamplerLost(f"it has version {here}, and version {version} was sent while it was away")
+        return Synced(version, 0.0, 0.0)
 
     async def _load_adapter(self, weights: Weights) -> float:
         """The new adapter first, so that a failure leaves the old one in use."""
@@ -154,7 +179,12 @@ class VllmSampler:
         """Let the answers under way end and start none until `finish_weight_update`. What fails from here on leaves
         torn weights, which answer nothing until an update has succeeded."""
         await self._held.enter_async_context(self._gate.closed())
-        await self._updating(self._engine.start_weight_update())
+
+        async def start() -> None:
+            await self._wake(WEIGHTS)
+            await self._engine.start_weight_update()
+
+        await self._updating(start())
 
     async def update_weights(self, update_info: Any) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
@@ -181,13 +211,23 @@ class VllmSampler:
     # A device for two
 
     async def sleep(self) -> None:
-        if self._spec.shares_device:
-            async with self._gate.closed():
+        if not self._spec.shares_device:
+            return
+        async with self._gate.closed():
+            if not self._asleep:
+                # Level 1 keeps the weights, in the host's memory: not every step's end brings new ones.
                 await self._engine.sleep(level=1)
+                self._asleep = {WEIGHTS, CACHE}
 
     async def wake(self) -> None:
-        if self._spec.shares_device:
-            await self._engine.wake_up()
+        await self._wake(WEIGHTS, CACHE)
+
+    async def _wake(self, *parts: str) -> None:
+        """Those of `parts` that sleep."""
+        asleep = [part for part in parts if part in self._asleep]
+        if asleep:
+            await self._engine.wake_up(asleep)
+            self._asleep -= set(asleep)
 
     async def close(self) -> None:
         await asyncio.to_thread(self._engine.shutdown)

@@ -1,4 +1,4 @@
-"""Weights on their way to the samplers of the same machine: safetensors files in shared memory, mapped where they lie.
+"""Weights on their way to the samplers as files: safetensors in the machine's shared memory, mapped where they lie.
 
     trainer: publish ──> version-00000008.safetensors ──> sampler: check, then the engine maps it and copies once
                          (whole or not there)             names, shapes, types, digest: before the engine is touched,
@@ -43,9 +43,11 @@ class WeightsFolder:
     """Where a trainer puts its versions; it goes with its process. One that was killed leaves it to the next one on the
     machine, which removes it."""
 
-    def __init__(self, bytes_of_a_version: int, scratch: Path | None = None) -> None:
-        """In shared memory where it has room for the versions, else in `scratch` (default: the temp folder)."""
-        parent = shared_memory(KEPT_AT_ONCE * bytes_of_a_version) or scratch or Path(tempfile.gettempdir())
+    def __init__(self, bytes_of_a_version: int, scratch: Path | None = None, *, shared: Path | None = None) -> None:
+        """In `shared`, a folder that the samplers' machines see; without one in shared memory where it has room for the
+        versions, else in `scratch` (default: the temp folder)."""
+        memory = None if shared else shared_memory(KEPT_AT_ONCE * bytes_of_a_version)
+        parent = shared or memory or scratch or Path(tempfile.gettempdir())
         remove_orphans(parent)
         self.path = parent / f"dpo-weights-{os.getpid()}-{random_suffix(8)}"
         self.path.mkdir(mode=0o700, parents=True)

@@ -8,7 +8,7 @@ from typing import Any
 from dpo_service.errors import InvalidSpec
 from dpo_service.planning.choose import STRATEGIES, Choice, Question, choose, fixes
 from dpo_service.planning.gpus import DEVICES, Device
-from dpo_service.planning.memory import Recipe
+from dpo_service.planning.memory import CUDA_FRAMEWORK, Recipe
 from dpo_service.planning.shape import ModelShape
 from dpo_service.planning.speed import forward_operations
 from dpo_service.planning.workload import Lengths, load_of
@@ -83,6 +83,8 @@ class Plan(Spec):
     fixes: tuple[PlanFix, ...] = ()
     """Where it does not fit: each of these makes it fit."""
     elsewhere: tuple[Elsewhere, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What is not counted."""
 
 
 def device(name: str) -> Device:
@@ -115,8 +117,26 @@ def make_plan(
             "better": _better(spec, question, choice),
             "fixes": tuple(_fix(f.text, f.change, f.choice) for f in found),
             "elsewhere": _elsewhere(question, run) if device.cuda else (),
+            "notes": _samplers_note(run),
         }
     )
+
+
+def _samplers_note(run: RunSpec) -> tuple[str, ...]:
+    """Where a run samples its pairs."""
+    if run.online is None:
+        return ()
+    counted = "This counts the trainer alone, and of a step neither sampling nor judging"
+    samplers = run.online.samplers
+    if samplers.shares_device:
+        return (
+            f"{counted}. The sampler on the same device is left out too: asleep it keeps its CUDA context and graphs "
+            f"there (over {CUDA_FRAMEWORK / 2**30:.1f} GiB) and its weights in the host's memory; awake it needs its "
+            "weights and cache beside the trainer's weights and optimizer state.",
+        )
+    kind, number = ("GPU", samplers.booked_gpus) if samplers.gpus else ("CPU", samplers.booked_cpus)
+    plural = "s" if number > 1 else ""
+    return (f"{counted}: sampling takes {number} more {kind}{plural}.",)
 
 
 def _fix(text: str, change: dict[str, Any], choice: Choice) -> PlanFix:

@@ -171,6 +171,13 @@ def _of_the_training(job: JobSpec) -> Iterator[str]:
 def _of_the_devices(job: JobSpec) -> Iterator[str]:
     asked = job.sampling or AnswersSpec()
     gpus = job.resources.gpus_per_worker if asked.gpus_per_sampler == AUTO else asked.gpus_per_sampler
+    held_out = job.validation_file is not None or job.eval.split > 0
+    if held_out and gpus and (asked.shares_device or job.lora is None):
+        yield (
+            "samplers on GPUs answer held-out prompts only where they have their own and the policy is an adapter; "
+            "remove validation_file and eval.split, set lora without sampling.shares_device, or set "
+            "sampling.gpus_per_sampler to 0"
+        )
     if not asked.shares_device:
         return
     if not gpus or not job.resources.gpus_per_worker:

@@ -43,9 +43,19 @@ class SamplerSpec(Spec):
         return self
 
     @property
+    def booked_gpus(self) -> int:
+        """Of all samplers together; those that share the workers' devices book nothing."""
+        return 0 if self.shares_device else self.samplers * self.gpus
+
+    @property
+    def booked_cpus(self) -> int:
+        return 0 if self.shares_device else self.samplers * self.cpus
+
+    @property
     def sync(self) -> Sync:
-        """How whole weights come: over the device they share, between devices, or, on the CPU, by a mapped file."""
-        if not self.gpus:
+        """How new weights come: over the device they share, between devices, or as a file: on the CPU, which maps it,
+        and adapters, which are files anyway."""
+        if not self.gpus or self.lora_rank is not None:
             return "file"
         return "ipc" if self.shares_device else "nccl"
 

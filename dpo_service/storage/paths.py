@@ -9,6 +9,7 @@ jobs/{job_id}/attempts/{n}/stop             exists = the attempt is asked to sto
 jobs/{job_id}/dataset/                      Parquet, batch plan, dataset.json (DatasetManifest)
 jobs/{job_id}/samples/step-00000020.parquet what was sampled for a step, with verdicts (online/samples.py)
 jobs/{job_id}/judge-spent.json              what its judge has cost, by all attempts (online/judges/spend.py)
+jobs/{job_id}/weights/                      adapters on their way to samplers on GPUs, while the job runs
 jobs/{job_id}/checkpoints/step-00000020/    a checkpoint (CheckpointManifest in manifest.json)
 jobs/{job_id}/checkpoints/.keep-step-00000020   exists = somebody uses it, so it stays
 models/{name}/                              the user's own base models
@@ -55,6 +56,10 @@ def stop_flag(job_id: str, attempt: int) -> str:
 
 def dataset_dir(job_id: str) -> str:
     return f"jobs/{job_id}/dataset"
+
+
+def weights_dir(job_id: str) -> str:
+    return f"jobs/{job_id}/weights"
 
 
 def checkpoints_dir(job_id: str) -> str:

@@ -14,6 +14,7 @@ from dpo_service.specs.method import ReferenceSpec
 from dpo_service.specs.optim import OptimSpec
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import AttemptSpec, BatchSpec, ModelSource, RunSpec
+from dpo_service.specs.sampling import SamplerSpec
 from dpo_service.storage import paths
 from dpo_service.storage.store import Store
 
@@ -132,3 +133,6 @@ def test_what_is_missing_is_said_in_words():
     asked = ResourceSpec(workers=2, gpus_per_worker=1)
     assert runner.missing(asked, {"CPU": 2.0, "GPU": 2.0}) == []
     assert runner.missing(asked, {"CPU": 1.5}) == ["2 CPUs (1.5 free)", "2 GPUs (0 free)"]
+    own = SamplerSpec(samplers=2, gpus=1)
+    assert runner.missing(asked, {"CPU": 4, "GPU": 2}, own) == ["4 GPUs (2 free)"]
+    assert runner.missing(asked, {"CPU": 2, "GPU": 2}, own.model_copy(update={"shares_device": True})) == []

@@ -52,6 +52,26 @@ def test_one_that_does_not_fit_is_refused_with_what_would(model, pairs, capsys):
 
 
 @pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["sampling.samplers=2"], "sampling takes 2 more GPUs."),
+        (["sampling.gpus_per_sampler=0"], "sampling takes 1 more CPU."),
+        (
+            ["sampling.shares_device=true", "resources.gpus_per_worker=1"],
+            "asleep it keeps its CUDA context and graphs",
+        ),
+    ],
+)
+def test_of_a_job_that_samples_it_says_that_samplers_are_not_counted(model, pairs, settings, said, capsys):
+    rules = ["judge.kind=rules", 'judge.rules=[{"rule": "finished"}]']
+    asked = [part for one in [*rules, *settings] for part in ("--set", one)]
+    assert run(["plan", pairs, "--model", model, "--gpu", "B200", "--method", "online", *asked]) in (0, 3)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "This counts the trainer alone, and of a step neither sampling nor judging" in shown
+    assert said in shown
+
+
+@pytest.mark.parametrize(
     ("changed", "said"),
     [
         (["--gpu", "V100"], "H100-80"),

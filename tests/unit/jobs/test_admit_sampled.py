@@ -22,11 +22,16 @@ COMPARES = {"kind": "pairwise", "endpoint": ENDPOINT}
 RANKS = {"kind": "scoring", "mode": "ranking", "endpoint": ENDPOINT}
 
 
-async def test_samplers_on_gpus_are_refused(ready: World) -> None:
-    for asked in ({"sampling": {"gpus_per_sampler": 1}}, {"resources": {"gpus_per_worker": 1}}):
-        with pytest.raises(InvalidSpec, match="not there yet") as refused:
-            await ask(ready, method={"type": "online"}, judge=RULES, **asked)
-        assert refused.value.param == "sampling.gpus_per_sampler"
+async def test_samplers_have_gpus_of_their_own_or_the_workers(ready: World) -> None:
+    ready.cluster.capacity_value = Capacity(cpus=2, gpus=2)
+    online = {"method": {"type": "online"}, "judge": MATCH, "resources": {"gpus_per_worker": 1}}
+    run, _ = await ask(ready, PROMPTS, **online)
+    assert (run.online.samplers.sync, run.online.samplers.booked_gpus) == ("nccl", 1)
+    with pytest.raises(InvalidSpec, match="1 workers and 2 samplers need 3 GPUs together"):
+        await ask(ready, PROMPTS, **online, sampling={"samplers": 2})
+    ready.cluster.capacity_value = Capacity(cpus=1, gpus=1)
+    run, _ = await ask(ready, PROMPTS, **online, sampling={"shares_device": True})
+    assert (run.online.samplers.sync, run.online.samplers.booked_gpus, run.online.staleness) == ("ipc", 0, 0)
 
 
 async def test_prompts_are_admitted_with_room_for_their_answers(ready: World) -> None:

@@ -71,7 +71,7 @@ def test_samplers_are_like_the_workers():
     run = decided("online", resources={"gpus_per_worker": 1}, lora={"rank": 4}, sampling={"shares_device": True})
     assert run.online is not None
     engines = run.online.samplers
-    assert (engines.gpus, engines.dtype, engines.lora_rank, engines.sync) == (1, "bfloat16", 4, "ipc")
+    assert (engines.gpus, engines.dtype, engines.lora_rank, engines.sync) == (1, "bfloat16", 4, "file")
     assert run.online.staleness == 0, "who shares a device takes turns"
 
 

@@ -34,9 +34,16 @@ class ScriptedSampler:
         self.asked = asyncio.Event()
         self.prompts, self.versions, self.current = [], [], 0
         self.fails = self.refuses = None
-        self.closed = False
+        self.closed = self.asleep = False
+
+    async def sleep(self):
+        self.asleep = True
+
+    async def wake(self):
+        self.asleep = False
 
     async def sample(self, prompts, options):
+        assert not self.asleep
         self.prompts += prompts
         self.versions += [self.current] * len(prompts)
         self.asked.set()
@@ -49,6 +56,7 @@ class ScriptedSampler:
         return Sample((self.current, place, prompt.token_ids[0]), (-0.5, -0.25, -0.25), True, self.current)
 
     async def sync(self, weights):
+        assert not self.asleep
         if self.refuses:
             raise self.refuses
         self.current = weights.version

@@ -367,3 +367,53 @@ def test_started_again_lent_weights_are_given_back():
         await loop.curator.close()
 
     run(test())
+
+
+def test_who_lacks_weights_has_the_trainer_asked_for_them_on_every_rank_alike():
+    async def test():
+        loop = Loop(staleness=0)
+        loop.sampler.held.clear()
+        await loop.start()
+        ranks = [asyncio.create_task(loop.curator.pairs(0)) for _ in range(2)]
+        await loop.sampler.asked.wait()
+        await loop.curator.lacking()
+        assert [await rank for rank in ranks] == [None, None]
+        waiting = asyncio.create_task(loop.curator.pairs(0, 1))
+        await settle()
+        assert not waiting.done(), "they were asked for, and are on their way"
+        loop.sampler.held.set()
+        await loop.curator.published(version(0))
+        made = await waiting
+        assert made.step == 0
+        assert await loop.curator.pairs(0) is None, "a rank that comes late sends with the others"
+        assert await loop.curator.pairs(0, 1) is made
+        await loop.curator.close()
+
+    asyncio.run(test())
+
+
+def test_what_a_publication_brings_is_not_asked_for():
+    async def test():
+        loop = Loop(staleness=0)
+        await loop.start()
+        made = await loop.pairs(0)
+        await loop.curator.lacking()
+        assert await loop.pairs(0) is made, "pairs that are there are given"
+        await loop.trained(0)
+        assert (await loop.pairs(1)).step == 1
+        await loop.curator.close()
+
+    asyncio.run(test())
+
+
+def test_in_turns_the_samplers_sleep_when_the_pairs_are_handed_out():
+    async def test():
+        loop = Loop(staleness=0, takes_turns=True)
+        await loop.start()
+        for step in range(3):
+            await loop.pairs(step)
+            assert loop.sampler.asleep
+            await loop.trained(step)  # the scripted sampler takes new weights awake only
+        await loop.curator.close()
+
+    asyncio.run(test())

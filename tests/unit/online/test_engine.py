@@ -35,6 +35,7 @@ def test_on_gpus_the_transfer_follows_the_placement(model_dir, shares, backend):
     options = engine_options(SamplerSpec(gpus=1, shares_device=shares, dtype="bfloat16"), model_dir)
     assert options["weight_transfer_config"] == {"backend": backend}
     assert options["enable_sleep_mode"] is shares
+    assert options["distributed_executor_backend"] == "uni", "no workers of Ray's"
     assert "enforce_eager" not in options
 
 
@@ -46,6 +47,24 @@ def test_the_cache_holds_all_answers_within_bounds(model_dir):
     long = SamplerSpec(max_num_seqs=1, max_model_len=1 << 21)
     assert cache_bytes(long, model_dir) == ((1 << 21) + 256) * token
     assert engine_options(SamplerSpec(kv_cache_bytes=1 << 20), model_dir)["kv_cache_memory_bytes"] == 1 << 20
+
+
+def test_beside_a_trainer_the_cache_is_what_the_answers_need_and_nothing_is_claimed(model_dir):
+    shared = SamplerSpec(gpus=1, shares_device=True, dtype="bfloat16", max_num_seqs=4096)
+    options = engine_options(shared, model_dir)
+    assert options["kv_cache_memory_bytes"] == 4096 * (512 + 256) * 2 * 2 * 2 * 32 * 2
+    assert options["gpu_memory_utilization"] == 0.01
+    assert "gpu_memory_utilization" not in engine_options(SamplerSpec(gpus=2), model_dir)
+    assert engine_options(SamplerSpec(gpus=2), model_dir)["distributed_executor_backend"] == "mp"
+    assert environment(shared)["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1", "IPC handles are Python objects"
+    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in environment(SamplerSpec(gpus=1))
+
+
+def test_an_adapter_is_a_file_on_gpus_too(model_dir):
+    for shares in (True, False):
+        spec = SamplerSpec(gpus=1, shares_device=shares, lora_rank=8)
+        assert spec.sync == "file"
+        assert "weight_transfer_config" not in engine_options(spec, model_dir)
 
 
 def test_a_samplers_threads_are_what_it_books():

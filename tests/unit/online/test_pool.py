@@ -38,6 +38,8 @@ class Scripted:
     async def sync(self, weights):
         if weights.digest == "bad":
             raise WeightsRefused("bad")
+        if weights.kind == "device" and self.now != weights.version:
+            raise SamplerLost("it was not sent to")
         if self.dead:
             raise SamplerLost("dead")
         self.now = weights.version
@@ -53,7 +55,10 @@ class Scripted:
         if self.dead:
             self.restarts, self.dead, self.now = self.restarts - 1, False, self.first
 
-    async def sleep(self): ...
+    async def sleep(self):
+        if self.dead:
+            raise SamplerLost("dead")
+        self.asleep = True
 
     async def wake(self): ...
 
@@ -71,6 +76,13 @@ def prompts(count):
 
 def weights(version, digest=""):
     return Weights(version, "full", "/nowhere", digest)
+
+
+def sent(version, *samplers):
+    """Word of a transfer to `samplers`."""
+    for sampler in samplers:
+        sampler.now = version
+    return Weights(version, "device")
 
 
 async def settle():
@@ -205,3 +217,47 @@ async def test_close_closes_all_and_ends_what_waits_for_a_restart():
         await pool.close()
     assert dying.closed
     assert other.closed
+
+
+async def test_who_missed_a_transfer_says_so_and_is_asked_nothing_until_the_next_one():
+    back, other = Scripted(), Scripted()
+    pool, lacking = pool_of(back, other), []
+
+    async def on_lacking():
+        lacking.append(pool._newest.version)
+
+    pool.on_lacking = on_lacking
+    await pool.sync(sent(7, back, other))
+    back.dead = True
+    answers = await asked_of(pool, 8)
+    assert {sample.version for some in answers for sample in some} == {7}
+    await settle()
+    asked = len(back.asked)
+    assert len(await asked_of(pool, 8)) == 8
+    assert (lacking, len(back.asked)) == ([7], asked)
+    await pool.sync(sent(8, other))  # without it
+    await settle()
+    assert lacking == [7, 8]
+    await pool.sync(sent(9, back, other))
+    await settle()
+    assert {sample.version for some in await asked_of(pool, 8) for sample in some} == {9}
+    assert len(back.asked) > asked
+    assert lacking == [7, 8]
+
+
+async def test_a_sampler_that_is_not_where_the_transfer_left_it_is_lost():
+    behind, other = Scripted(), Scripted()
+    pool = pool_of(behind, other)
+    await pool.sync(sent(3, other))
+    answers = await asked_of(pool, 6)
+    assert {sample.version for some in answers for sample in some} == {3}
+    assert (pool.counts.lost, behind.asked) == (1, [])
+
+
+async def test_a_sampler_that_dies_in_its_bed_is_brought_back():
+    dying, other = Scripted(), Scripted()
+    pool = pool_of(dying, other)
+    dying.dead = True
+    await pool.sleep()
+    await settle()
+    assert (other.asleep, pool.counts.lost, dying.dead) == (True, 1, False)

@@ -108,6 +108,24 @@ def test_a_shared_device_is_one_worker_and_one_sampler_in_turns(sampling, worker
 
 
 @pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({}, True),
+        ({"lora": {"rank": 4}, "sampling": {"shares_device": True}}, True),
+        ({"lora": {"rank": 4}}, False),
+        ({"sampling": {"gpus_per_sampler": 0}}, False),
+    ],
+)
+def test_held_out_prompts_are_for_samplers_that_can_be_lent_weights(fields, refused):
+    asked = {"judge": RULES, "resources": {"gpus_per_worker": 1}, "eval": {"split": 0.1}, **fields}
+    if not refused:
+        assert job("online", **asked).eval.split == 0.1
+        return
+    with pytest.raises(ValidationError, match=r"remove validation_file and eval\.split"):
+        job("online", **asked)
+
+
+@pytest.mark.parametrize(
     ("method", "own", "says"),
     [
         ("online", {"loss": "sppo"}, "sigmoid"),
