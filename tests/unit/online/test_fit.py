@@ -198,14 +198,16 @@ def test_a_judge_that_was_away_costs_nothing_and_a_stop_does_not_wait_for_it(tmp
 
 
 def be_away_twice(job: Job, server) -> None:
-    for step in (2, 5):
-        wait_until(lambda step=step: max(metrics(job), default=0) >= step)
-        asked = len(server.bodies)
-        server.answer = lambda body: status(503)
-        wait_until(lambda asked=asked: len(server.bodies) >= asked + 6)
-        if step == 2:
-            server.answer = prefers_good
-    job.store.write(paths.stop_flag("j", 1), b"")
+    try:
+        for step in (2, 5):
+            wait_until(lambda step=step: max(metrics(job), default=0) >= step)
+            asked = len(server.bodies)
+            server.answer = lambda body: status(503)
+            wait_until(lambda asked=asked: len(server.bodies) >= asked + 6)
+            if step == 2:
+                server.answer = prefers_good
+    finally:
+        job.store.write(paths.stop_flag("j", 1), b"")
 
 
 @pytest.mark.long
