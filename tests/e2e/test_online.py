@@ -8,13 +8,13 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
-import torch
 
 from dpo_service.cli.jobfile import load
 from dpo_service.cluster import processes
 from tests.e2e.conftest import pairs_file
-from tests.models import save_scorer, save_tokenizer
+from tests.models import save_scorer
 from tests.unit.online.judges.openai_kit import serving_on_a_thread, shown
+from tests.unit.online.judges.reward_kit import save_reward_model
 from tests.unit.online.test_fit import weights_of_the_dead
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(900)]
@@ -23,7 +23,7 @@ SOURCES = ("online-verifier", "online-judge", "rso", "sppo", "spin", "self_rewar
 STEPS = 4
 SMALL = {"batch_size": 4, "n_epochs": 2}
 FEW = {"accepted": 4}
-ACTORS = ("SamplerActor", "CuratorActor", "RayTrainWorker")
+ACTORS = ("SamplerActor", "RewardActor", "CuratorActor", "RayTrainWorker")
 
 
 def prefers_the_higher(body):
@@ -41,17 +41,7 @@ def judging():
 @pytest.fixture(scope="module")
 def models(service):
     save_scorer(service.data_dir / "models" / "scorer")
-    save_reward_model(service.data_dir / "models" / "rewards")
-
-
-def save_reward_model(directory):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    save_tokenizer(directory)
-    torch.manual_seed(1)
-    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_labels": 1}
-    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, pad_token_id=1, eos_token_id=1)
-    LlamaForSequenceClassification(config).save_pretrained(directory)
+    save_reward_model(service.data_dir / "models" / "rewards", max_position_embeddings=512)
 
 
 @pytest.fixture(scope="module")
