@@ -5,7 +5,8 @@ everything a second time: 7 s and 0.5 GB more for each model, and a second proce
                     ^                                                        │
                     └──────────────────────── outputs <──────────────────────┘
 
-The thread does one thing at a time, so the core needs no locks: a request added during a step waits for its end. On
+The thread does one thing at a time, so the core needs no locks: a request added during a step waits for its end. While
+there is work it is one step ahead, so that it does not stand still while the loop reads what the last one made. On
 GPUs the process of its own is worth its price, since Python's work must not hold up the device; vLLM's way is kept.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,6 +40,8 @@ class ThreadedCore:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine-core")
         self._client = self._pool.submit(make_client).result()
         self._work = asyncio.Event()
+        self._ahead: Future[tuple[EngineCoreOutputs, bool]] | None = None
+        """The next step, where it is under way before anyone has asked for it."""
         self._ended = False
         self.resources = SimpleNamespace(engine_dead=False)
 
@@ -49,8 +52,11 @@ class ThreadedCore:
     async def get_output_async(self) -> EngineCoreOutputs:
         """The outputs of the next step; waits while there is nothing to do."""
         await self._work.wait()
-        outputs, more = await self._call(self._step)
-        if not more:
+        step, self._ahead = self._ahead or self._pool.submit(self._step), None
+        outputs, more = await asyncio.wrap_future(step)
+        if more:
+            self._ahead = self._pool.submit(self._step)
+        else:
             # A request added meanwhile sets it again: its turn in the event loop comes after this one.
             self._work.clear()
         return outputs

@@ -85,6 +85,16 @@ async def test_without_work_it_stands_still(core):
     waiting.cancel()
 
 
+async def test_the_next_step_begins_before_it_is_asked_for(core):
+    await core.add_request_async(("a", 3))
+    await core.get_output_async()
+    await core.echo_async()  # the thread comes to it after the step that is ahead
+    assert core._client.steps == 2
+    assert await collect(core, 2) == ["a"] * 2
+    await core.echo_async()
+    assert core._client.steps == 3, "none is ahead of the last"
+
+
 async def test_an_aborted_request_makes_no_more(core):
     await core.add_request_async(("a", 10**6))
     await core.add_request_async(("b", 3))
