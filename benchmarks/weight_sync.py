@@ -5,11 +5,11 @@
 `weight_sync/MODEL`: seconds from the trainer's tensors to a sampler that has them: publishing (write, digest),
 checking, loading. Models: the demo's, and one of 40 million parameters.
 
-`sampling/MODEL`: answer tokens a second, by turns with the same prompts, options and seeds. Ours is the curator's, from
-asking for a step's pairs to having them: prompts, vLLM, texts, verdicts of a judge of rules, pairs; no trainer takes
-its core (for that see `overlap`). The peer is one call of vLLM's `LLM.generate`. `of_plain` is our share of what that
-does without what online training needs, seeds and log-probabilities; `sampler` is the peer's share of our sampler
-alone, without a curator.
+`sampling`: answer tokens a second of the demo's model, by turns with the same prompts, options and seeds. Ours is the
+curator's, from asking for a step's pairs to having them: prompts, vLLM, texts, verdicts of a judge of rules, pairs; no
+trainer takes its core (for that see `overlap`). The peer is one call of vLLM's `LLM.generate`. `of_plain` is our share
+of what that does without what online training needs, seeds and log-probabilities; `sampler` is the share of the peer
+that our sampler reaches alone, without a curator.
 """
 
 from __future__ import annotations
@@ -200,10 +200,10 @@ def main() -> None:
             entry = asyncio.run(sync_seconds(model_dir))
             results.record(options.json, f"weight_sync/{name}", entry)
             print(f"{name}: {entry['parameters'] / 1e6:.1f}M parameters, {entry['ours']:.3f} s to new weights")
-            entry = asyncio.run(throughput(model_dir))
-            results.record(options.json, f"sampling/{name}", entry)
-            print(f"{name}: sampling {entry['ratio']:.0%} of bare vLLM, the sampler alone {entry['sampler']:.0%}; "
-                  f"{entry['of_plain']:.0%} without seeds and log-probabilities", flush=True)  # fmt: skip
+        entry = asyncio.run(throughput(models["demo"]))
+    results.record(options.json, "sampling", entry)
+    print(f"sampling: {entry['ratio']:.0%} of bare vLLM, the sampler alone {entry['sampler']:.0%}; "
+          f"{entry['of_plain']:.0%} without seeds and log-probabilities")  # fmt: skip
 
 
 if __name__ == "__main__":

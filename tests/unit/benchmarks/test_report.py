@@ -36,7 +36,7 @@ def test_online_benchmarks_say_what_they_compared():
         {
             "overlap": common | {"longer": 2.0, "seconds": seconds},
             "frontier": common | {"base_reward": 0.5, "reward_within": within},
-            "sampling/demo": common | {"of_plain": 0.8, "sampler": 0.95},
+            "sampling": common | {"of_plain": 0.8, "sampler": 0.95},
         }
     )
     assert "a step takes 2.10 s; by turns sampling and judging take 2.00 s, training 1.90 s, both 4.00 s" in text
