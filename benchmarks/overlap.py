@@ -1,6 +1,6 @@
 """What sampling ahead is worth: the steps of an online run at staleness 1 beside those at staleness 0.
 
-    python -m benchmarks.overlap [--rounds 3] [--steps 10] [--pairs 16]
+    python -m benchmarks.overlap [--rounds 2] [--steps 10] [--pairs 16]
 
 At staleness 0 sampling and training take turns: a step takes sample + judge + train. At staleness 1 the next step's
 answers are sampled and judged while this one trains, and a step should take the longer of the two.
@@ -170,7 +170,7 @@ def summary(size: Size, runs: Sequence[Run]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10, help="of a run; at least 5")
     parser.add_argument("--pairs", type=int, default=16, help="a step")
     parser.add_argument("--json", type=Path, default=results.DEFAULT)
