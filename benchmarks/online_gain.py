@@ -205,6 +205,20 @@ def by_step(curves: Sequence[Curve]) -> dict[int, Spread]:
     return {step: Spread(statistics.fmean(some), min(some), max(some)) for step, some in columns.items()}
 
 
+def rates_of(runs: Sequence[Ran]) -> dict[str, Any]:
+    """What results.json keeps of the learning rates that were tried."""
+    scores = {arm: {f"{run.rate:g}": run.score[max(run.score)] for run in runs if run.arm == arm} for arm in ARMS}
+    best = {arm: max(some.values()) for arm, some in scores.items()}
+    return {
+        "ours": best["online"],
+        "peer": best["offline"],
+        "ratio": best["online"] / best["offline"],
+        "unit": "the same at the best of the learning rates, on another seed",
+        "steps": max(runs[0].score),
+        "scores": scores,
+    }
+
+
 def entry_of(runs: Sequence[Ran], batch: int) -> dict[str, Any]:
     """What results.json keeps: every run, and the last scores' means."""
     last = {arm: by_step([run.score for run in runs if run.arm == arm]) for arm in ARMS}
@@ -213,7 +227,7 @@ def entry_of(runs: Sequence[Ran], batch: int) -> dict[str, Any]:
         "ours": means["online"],
         "peer": means["offline"],
         "ratio": means["online"] / means["offline"],
-        "unit": "held-out score of the verifier, 0 to 1; the peer is offline DPO on as many pairs",
+        "unit": "held-out score of the verifier; the peer is offline DPO on as many pairs",
         "batch": batch,
         "runs": [asdict(run) for run in runs],
     }
@@ -275,10 +289,7 @@ def main() -> None:
         with sampler_process(SAMPLERS, seeds[0].base_dir) as sampler:
             runs = measure(seeds, rates, options.steps, sampler)
     if options.rates:
-        scores = {arm: {f"{run.rate:g}": run.score[max(run.score)] for run in runs if run.arm == arm} for arm in ARMS}
-        results.record(
-            options.json, "online_gain/rates", {"unit": "last held-out score by learning rate", "scores": scores}
-        )
+        results.record(options.json, "online_gain/rates", rates_of(runs))
         return
     entry = entry_of(runs, JOB.method.hyperparameters.batch_size)
     results.record(options.json, "online_gain", entry)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from benchmarks import online_gain, results
-from benchmarks.online_gain import Ran, Seed, by_step, entry_of, measure, plot, table
+from benchmarks.online_gain import Ran, Seed, by_step, entry_of, measure, plot, rates_of, table
 from benchmarks.sampled import Kept
 from dpo_service.demo.words import NOUNS
 from dpo_service.online.fake_sampler import FakeSampler
@@ -66,6 +66,12 @@ def test_the_entry_is_the_mean_of_the_last_scores_and_the_table_their_range():
     entry = json.loads(json.dumps(entry_of(runs(), 32)))
     assert (entry["ours"], entry["peer"]) == (pytest.approx(0.8), pytest.approx(0.6))
     assert "| 512 | 0.80 (0.70 to 0.90) | 0.60 (0.60 to 0.60) |" in table(entry)
+
+
+def test_the_best_rates_are_compared():
+    found = rates_of([*runs(), Ran("offline", 0, 4e-4, {0: 0.2, 16: 0.65}, {0: 0.0}, 0.9)])
+    assert found["scores"] == {"online": {"0.0001": 0.9}, "offline": {"0.0001": 0.6, "0.0004": 0.65}}
+    assert (found["ours"], found["peer"], found["steps"]) == (0.9, 0.65, 16)
 
 
 def test_a_spread_is_over_runs_step_by_step():
