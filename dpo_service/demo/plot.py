@@ -23,6 +23,8 @@ SIZE, SCALE = (900, 540), 3
 LEFT, RIGHT, TOP, BOTTOM = 84, 24, 52, 62
 TEXT, TITLE = 16, 19
 TICKS = 6
+MARKED = 30
+"""A line of more points has no dots."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def _upright(picture: Any, text: str, middle: Place) -> None:
 def _curve(pen: ImageDraw, line: Line, axes: Axes, colour: str) -> None:
     places = [axes.place(x, y) for x, y in line.points]
     pen.line(places, colour, int(2.5 * SCALE), joint="curve")
-    for x, y in places:
+    for x, y in places if len(places) <= MARKED else ():
         radius = 3.5 * SCALE
         pen.ellipse([(x - radius, y - radius), (x + radius, y + radius)], colour)
 
