@@ -43,7 +43,7 @@ from dpo_service.storage.store import Store
 PNG = Path(__file__).parent.parent / "docs" / "frontier.png"
 BETAS = (0.05, 0.1, 0.3, 1.0)
 METHODS = ("dpo", "ipo", "online")
-BUDGETS = (1.0, 2.0, 4.0)
+BUDGETS = (2.0, 4.0, 8.0)
 """Nats at which the methods are compared in words."""
 SAMPLERS = SamplerSpec(max_num_seqs=64, max_model_len=96)
 
@@ -235,6 +235,10 @@ def _checkpoints(store: Store, job_id: str) -> list[Any]:
     return [opened(store, job_id, step) for step in steps]
 
 
+def best_line() -> list[tuple[float, float]]:
+    return [reviews.best(tilt / 20) for tilt in range(400)]
+
+
 def reward_within(points: Sequence[tuple[float, float]], budget: float) -> float:
     """The highest reward of a (KL, reward) whose KL is at most `budget`."""
     return max((reward for kl, reward in points if kl <= budget), default=0.0)
@@ -255,17 +259,15 @@ def measure(bench: Bench, sampler: Kept) -> dict[str, Any]:
                 f"{method:6} beta {beta:<5} reward {last.reward:.3f} KL {last.kl:6.3f}   {trained:.0f} of {took:.0f} s",
                 flush=True,
             )
-    line = [reviews.best(tilt / 20) for tilt in range(1, 201)]
     curves = {name: [zero, *((one.kl, one.reward) for one in points if one.method == name)] for name in METHODS}
-    curves["best"] = [zero, *line]
+    curves["best"] = best_line()
     return {
         "unit": "reward from 0 to 1",
         "base_reward": zero[1],
         "reward_within": {
-            str(budget): {name: reward_within(curve, budget) for name, curve in curves.items()} for budget in BUDGETS
+            f"{budget:g}": {name: reward_within(curve, budget) for name, curve in curves.items()} for budget in BUDGETS
         },
         "points": [asdict(point) for point in points],
-        "best": line,
         "plan": asdict(plan),
     }
 
@@ -280,7 +282,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     names = {"dpo": "DPO", "ipo": "IPO", "online": "online DPO"}
     markers = dict(zip(found["plan"]["betas"], "osD^v<>", strict=False))
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot(*zip((0.0, found["base_reward"]), *found["best"], strict=True), "--", color="grey", label="best possible")
+    axes.plot(*zip(*best_line(), strict=True), "--", color="grey", label="best possible")
     for method in METHODS:
         for beta, marker in markers.items():
             run = [one for one in found["points"] if (one["method"], one["beta"]) == (method, beta)]
