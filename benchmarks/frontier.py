@@ -45,6 +45,7 @@ BETAS = (0.05, 0.1, 0.3, 1.0)
 METHODS = ("dpo", "ipo", "online")
 BUDGETS = (2.0, 4.0, 8.0)
 """Nats at which the methods are compared in words."""
+SUPERVISED_BATCH = 32
 SAMPLERS = SamplerSpec(max_num_seqs=64, max_model_len=96)
 
 
@@ -101,7 +102,7 @@ class Bench:
         from dpo_service.train.loop import train
 
         random_dir, plan, rows = self.model_dir.with_name("random"), self.plan, self.supervised
-        steps = len(rows) // plan.batch
+        steps = max(1, len(rows) // SUPERVISED_BATCH)
         run = self.run(
             "supervised",
             random_dir,
@@ -112,8 +113,14 @@ class Bench:
             optim=OptimSpec(learning_rate=plan.supervised_rate, weight_decay=0.0),
         )
         columns = _columns(prompt=[row.prompt for row in rows], answer=[row.answer for row in rows])
-        run = run.model_copy(update={"data": run.data.model_copy(update={"rows": "answers"})})
-        dataset = write_dataset(self.store, "supervised", "answers", columns, batch=plan.batch, steps=steps)
+        changes = {
+            "data": run.data.model_copy(update={"rows": "answers"}),
+            "batch": run.batch.model_copy(
+                update={"batch_size": SUPERVISED_BATCH, "micro_batch_size": SUPERVISED_BATCH}
+            ),
+        }
+        run = run.model_copy(update=changes)
+        dataset = write_dataset(self.store, "supervised", "answers", columns, batch=SUPERVISED_BATCH, steps=steps)
         train(run, dataset, random_dir, store=self.store, base_digest=digest_of(random_dir), reports=Told())
         [last] = _checkpoints(self.store, "supervised")[-1:]
         shutil.copytree(last.model, self.model_dir)
