@@ -160,13 +160,13 @@ def show(outcome: Outcome) -> None:
     """The scores, by step."""
     out.print()
     out.print(_curve(outcome.scores))
+    out.print(f"[dim]What the rules say of the policy's answers to {N_ASKED} prompts that were not trained on.[/dim]")
     out.print(f"The same, and the score of what was trained on, as a picture: {outcome.plot}", soft_wrap=True)
 
 
 def _curve(scores: dict[int, float]) -> Table:
     rows = [(str(step), f"{score:.2f}", "█" * round(score * BAR)) for step, score in scores.items()]
-    title = f"Held out: what the rules say of answers to {N_ASKED} prompts that were not trained on, 0 to 1"
-    return table(("step", "score", ""), rows, title=title)
+    return table(("step", "score", ""), rows, title="Held-out score, 0 to 1")
 
 
 def show_samples(service: Service, outcome: Outcome) -> None:
