@@ -113,7 +113,7 @@ bench-frontier: install-dev ## Reward against KL of DPO, IPO and online DPO: doc
 	$(BIN)/python -m benchmarks.frontier
 	$(BIN)/python -m benchmarks.report
 
-# Twenty-five minutes on two idle cores.
+# About twenty minutes on two idle cores.
 bench-online: install-dev ## Online DPO against offline DPO on as many pairs: docs/online.png, README's table
 	$(BIN)/python -m benchmarks.online_gain
 	$(BIN)/python -m benchmarks.report
