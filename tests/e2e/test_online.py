@@ -51,6 +51,10 @@ def files(client, tmp_path_factory):
     asked = [{"role": "user", "content": f"What is {number} plus {number % 3}?"} for number in range(4)] * 4
     written = {
         "problems.jsonl": [{"messages": [one], "answer": f"{at % 4 + at % 4 % 3}"} for at, one in enumerate(asked)],
+        "held-out.jsonl": [
+            {"messages": [{"role": "user", "content": f"What is {number} plus 1?"}], "answer": f"{number + 1}"}
+            for number in (0, 2, 3)
+        ],
         "prompts.jsonl": [{"messages": [one]} for one in asked],
         "answers.jsonl": [{"messages": [one, {"role": "assistant", "content": "It is 3."}]} for one in asked],
     }
@@ -67,6 +71,8 @@ def job_of(config, files, judging, **changes):
     method = job["method"][job["method"]["type"]]["hyperparameters"]
     method |= SMALL | {name: value for name, value in FEW.items() if name in method}
     job |= {"model": "scorer", "training_file": files[job["training_file"]], "max_steps": STEPS, "deduplicate": False}
+    if "validation_file" in job:
+        job["validation_file"] = files[job["validation_file"]]
     job |= {"max_length": 2048 if config == "self_rewarding" else 256, "learning_rate": 1e-4}
     job["sampling"] |= {"max_tokens": 16, "max_num_seqs": 16, "kv_cache_bytes": 64 << 20}
     if job["sampling"].get("n", 0) > 8:
@@ -116,8 +122,12 @@ def test_every_config_runs_to_its_end(service, client, models, files, judging, r
     job = submitted(client, job_of(config, files, judging))
     done = service.wait(job.id)
     assert done.status == "succeeded", (done.error, service.logs(job.id))
-    told = [e.data for e in service.events(job.id) if e.type == "metrics"]
+    metrics = [e.data for e in service.events(job.id) if e.type == "metrics"]
+    told = [one for one in metrics if one["split"] == "train"]
     assert [one["step"] for one in told] == list(range(1, STEPS + 1))
+    if config == "online-verifier":
+        rewards = [one["valid/reward"] for one in metrics if one["split"] == "eval"]
+        assert len(rewards) > 1, "its held-out prompts are scored at the start and the end"
     assert told[0]["online/logp_gap"] < 1e-3, "the sampler's policy is the trainer's"
     assert told[0]["loss"] != told[-1]["loss"]
     kept = samples(client, job.id)
