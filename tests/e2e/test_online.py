@@ -1,16 +1,14 @@
 """Jobs that sample their pairs, through the real service: every config, and pause, resume and cancel mid-run."""
 
-import contextlib
 import json
 import time
 from pathlib import Path
 
 import openai
-import psutil
 import pytest
 
 from dpo_service.cli.jobfile import load
-from dpo_service.cluster import processes
+from tests.actors import running
 from tests.e2e.conftest import pairs_file
 from tests.models import save_scorer
 from tests.unit.online.judges.openai_kit import serving_on_a_thread, shown
@@ -105,16 +103,10 @@ def samples(client, job_id, **query):
 def nobody_is_left(cluster, timeout=30):
     """Ray ends the actors of a job that has ended within moments."""
     deadline = time.monotonic() + timeout
-    while left := [p for p in processes.belonging(cluster.temp_dir) if any(name in title(p) for name in ACTORS)]:
+    while left := running(cluster.temp_dir, *ACTORS):
         assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.1)
     assert weights_of_the_dead() == []
-
-
-def title(process):
-    with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
 
 
 @pytest.mark.parametrize("config", SOURCES)

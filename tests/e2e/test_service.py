@@ -5,10 +5,9 @@ import signal
 import time
 
 import openai
-import psutil
 import pytest
 
-from dpo_service.cluster import processes
+from tests.actors import running
 from tests.e2e.conftest import ENDED, dpo, pairs_file
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(600)]
@@ -139,14 +138,7 @@ def test_killed_api_and_killed_worker_cost_nothing(service, client, tiny_model, 
 
 def training_workers(cluster):
     """The processes of Ray Train's workers on this cluster, by the title Ray gives them."""
-    return [process for process in processes.belonging(cluster.temp_dir) if "RayTrainWorker" in title(process)]
-
-
-def title(process):
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # it has ended meanwhile
-        return ""
+    return running(cluster.temp_dir, "RayTrainWorker")
 
 
 def test_a_second_up_says_who_holds_the_directory(service):

@@ -8,11 +8,11 @@ import psutil
 import pytest
 from ray.util import placement_group, remove_placement_group
 
-from dpo_service.cluster import processes
 from dpo_service.errors import TrainingError
 from dpo_service.online.actors import bundles, start_pool
 from dpo_service.online.weights import WeightsFolder
 from dpo_service.specs.sampling import SamplerSpec, SamplingSpec
+from tests.actors import running
 from tests.models import save_tiny_llama
 from tests.unit.online.sampler_kit import Policy, some_prompts
 
@@ -24,7 +24,7 @@ ROUNDED = 3e-2
 
 
 def sampler_processes(cluster) -> list[psutil.Process]:
-    return [p for p in processes.belonging(cluster.temp_dir) if "SamplerActor" in " ".join(p.cmdline())]
+    return running(cluster.temp_dir, "SamplerActor")
 
 
 async def test_a_killed_sampler_is_restarted_with_the_newest_weights(tmp_path, ray_connected):

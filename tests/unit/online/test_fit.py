@@ -18,7 +18,6 @@ import pytest
 from ray.util import placement_group_table
 
 from dpo_service.checkpoint.format import digest_of
-from dpo_service.cluster import processes
 from dpo_service.errors import TooFewVerdicts, TrainingError
 from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.online.fit import fit
@@ -31,6 +30,7 @@ from dpo_service.specs.run import AttemptSpec, ModelSource, OnlineSpec
 from dpo_service.specs.sampling import SamplerSpec, SamplingSpec
 from dpo_service.storage import paths
 from dpo_service.storage.store import Store
+from tests.actors import running
 from tests.models import save_tiny_llama
 from tests.unit.online.judges.openai_kit import prefers_good, serving_on_a_thread, status
 from tests.unit.train.training_kit import Job, make_job, random_rows
@@ -104,14 +104,7 @@ def metrics(job: Job, split: str = "train"):
 
 
 def ours(cluster) -> list[psutil.Process]:
-    return [p for p in processes.belonging(cluster.temp_dir) if any(name in line_of(p) for name in OURS)]
-
-
-def line_of(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # it has ended
-        return ""
+    return running(cluster.temp_dir, *OURS)
 
 
 def wait_until(true) -> None:
@@ -125,7 +118,7 @@ def kill_in_turn(job: Job, cluster, plan, killed: list[str]) -> None:
     """SIGKILL the process of each actor of `plan` once its step is reported."""
     for name, step in plan:
         wait_until(lambda step=step: max(metrics(job), default=0) >= step)
-        next(p for p in ours(cluster) if name in line_of(p)).kill()
+        running(cluster.temp_dir, name)[0].kill()
         killed.append(name)
 
 

@@ -10,13 +10,13 @@ import psutil
 import pytest
 
 from dpo_service.checkpoint.format import digest_of
-from dpo_service.cluster import processes
 from dpo_service.errors import NonFiniteLoss
 from dpo_service.reports import read_spool, spool_files
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import AttemptSpec
 from dpo_service.storage import paths
 from dpo_service.train.ray_worker import fit
+from tests.actors import running
 from tests.unit.train.training_kit import Job, Recorder, make_job
 
 pytestmark = pytest.mark.ray
@@ -39,7 +39,7 @@ def kill_a_worker(job: Job, temp_dir, after_step: int, killed: list[int]) -> Non
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if any(report.type == "metrics" and report.data["step"] >= after_step for report in reports(job)):
-            workers = [p for p in processes.belonging(temp_dir) if "RayTrainWorker" in " ".join(p.cmdline())]
+            workers = running(temp_dir, "RayTrainWorker")
             victim = max(workers, key=psutil.Process.create_time)
             killed.append(victim.pid)
             victim.kill()

@@ -10,13 +10,13 @@ import pytest
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util import get_current_placement_group, placement_group, remove_placement_group
 
-from dpo_service.cluster import processes
 from dpo_service.errors import JudgeError
 from dpo_service.online.judges import reward_actor
 from dpo_service.online.judges.reward_actor import ATTEMPTS, RayScorer, bundles
 from dpo_service.online.judges.reward_model import RewardModelJudge
 from dpo_service.online.judges.reward_vllm import engine_options, environment
 from dpo_service.specs.judge import VLLM_REWARD_MODELS, RewardModelJudgeSpec, RulesJudgeSpec
+from tests.actors import running
 from tests.unit.online.judges.reward_kit import CONVERSATION, TEXTS, judge, request, save_reward_model
 
 EXACT = 1e-4
@@ -32,7 +32,7 @@ def model_dir(tmp_path_factory):
 
 
 def reward_processes(cluster) -> list[psutil.Process]:
-    return [p for p in processes.belonging(cluster.temp_dir) if "RewardActor" in " ".join(p.cmdline())]
+    return running(cluster.temp_dir, "RewardActor")
 
 
 def gone(cluster) -> bool:
