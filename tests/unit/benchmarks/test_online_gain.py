@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from benchmarks import online_gain, results
-from benchmarks.online_gain import Ran, Seed, by_step, entry_of, measure, plot, rates_of, table
+from benchmarks.online_gain import Ran, Seed, by_step, entry_of, measure, plot, rates_of, render, table
 from benchmarks.sampled import Kept
 from dpo_service.demo.words import NOUNS
 from dpo_service.online.fake_sampler import FakeSampler
@@ -82,6 +82,19 @@ def test_a_spread_is_over_runs_step_by_step():
 def test_the_picture_is_drawn(tmp_path):
     plot(json.loads(json.dumps(entry_of(runs(), 32))), tmp_path / "online.png")
     assert (tmp_path / "online.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readme_holds_what_was_measured():
+    page, entry = online_gain.README.read_text(), json.loads(results.DEFAULT.read_text())["online_gain"]
+    assert render(page, entry) == page, "run python -m benchmarks.online_gain"
+    assert online_gain.PNG.exists()
+
+
+def test_the_rates_are_of_those_tried_and_offline_has_its_best():
+    tried = json.loads(results.DEFAULT.read_text())["online_gain/rates"]["scores"]
+    for arm, scores in tried.items():
+        assert {float(rate) for rate in scores} == set(online_gain.RATES[arm])
+    assert tried["offline"][f"{online_gain.CHOSEN['offline']:g}"] == max(tried["offline"].values())
 
 
 @pytest.mark.long
