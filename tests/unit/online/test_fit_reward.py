@@ -7,17 +7,17 @@ import threading
 import psutil
 import pytest
 
-from dpo_service.cluster import processes
 from dpo_service.specs.judge import RewardModelJudgeSpec
 from dpo_service.specs.run import ModelSource
+from tests.actors import running
 from tests.unit.online.judges.reward_kit import save_reward_model
-from tests.unit.online.test_fit import line_of, nothing_is_left, online_job, reports, run_attempt
+from tests.unit.online.test_fit import nothing_is_left, online_job, reports, run_attempt
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
 def rewarding(cluster) -> list[psutil.Process]:
-    return [p for p in processes.belonging(cluster.temp_dir) if "RewardActor" in line_of(p)]
+    return running(cluster.temp_dir, "RewardActor")
 
 
 def kill_after(job, cluster, step: int, killed: list[int], done: threading.Event) -> None:
