@@ -28,7 +28,7 @@ from dpo_service.specs.run import Precision
 
 FLOAT32, BFLOAT16 = 4, 2
 FOUR_BITS = 0.5 + 0.127 / 8
-CHUNK_LOGITS = 2**24
+CHUNK_LOGITS = KEPT_LOGITS = 2**25
 MIN_CHUNK = 128
 """As in train/head.py."""
 BUCKET_BYTES = 32 << 20
@@ -195,7 +195,7 @@ def _moments(shape: ModelShape, recipe: Recipe, load: Load) -> dict[str, dict[st
             "weights in bfloat16": kept_copies if recipe.lora_rank else shape.layers * copies,
             "gradients": kept,
             "activations": kept_layers + outside,
-            "output head": logits + _head_copy(shape, recipe),
+            "output head": logits + _kept_logits(shape, load) + _head_copy(shape, recipe),
         },
         "head, backward": {
             "gathered": gathered,
@@ -267,8 +267,18 @@ def _layer_copies(shape: ModelShape, recipe: Recipe) -> float:
 
 def _logits(shape: ModelShape, recipe: Recipe, load: Load) -> float:
     """A chunk of logits, float32, and what it was made from."""
-    chunk = min(load.answers, max(MIN_CHUNK, CHUNK_LOGITS // shape.vocabulary))
+    chunk = min(load.answers, _chunk(shape))
     return chunk * shape.vocabulary * (FLOAT32 if recipe.precision == "float32" else FLOAT32 + BFLOAT16)
+
+
+def _kept_logits(shape: ModelShape, load: Load) -> float:
+    """Those of the first chunk, float32, while the others are made; the backward pass begins by using them up."""
+    logits = _chunk(shape) * shape.vocabulary
+    return FLOAT32 * logits if load.answers > _chunk(shape) and logits <= KEPT_LOGITS else 0
+
+
+def _chunk(shape: ModelShape) -> int:
+    return max(MIN_CHUNK, CHUNK_LOGITS // shape.vocabulary)
 
 
 def _head_copy(shape: ModelShape, recipe: Recipe) -> float:

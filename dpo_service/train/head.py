@@ -1,23 +1,29 @@
 """Log-probabilities of tokens from the states that predict them, without a whole [tokens, vocabulary] array.
 
-The output head is applied to a chunk of tokens at a time; its logits are thrown away and computed again in the backward
-pass, which needs of them only the logarithm of their sum of exponentials. Sums are float32 whatever the arithmetic.
+The output head is applied to a chunk of tokens at a time. The exponentials of the first chunks' logits are kept for the
+backward pass, as many as `KEPT_LOGITS`; the others are thrown away and computed again there, which needs of them only
+the logarithm of their sum. Sums are float32 whatever the arithmetic.
 
 Shapes: C completion tokens, K tokens of a chunk, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_LOGITS = 2**24
-"""Logits that exist at one time: 64 MB of them, a few hundred tokens at a vocabulary of 32,000."""
+from dpo_service.train.products import Linear, product
+
+CHUNK_LOGITS = 2**25
+"""Logits made at one time: 128 MB of them, a thousand tokens at a vocabulary of 32,000."""
+KEPT_LOGITS = 2**25
+"""Of which the exponentials live until the backward pass: 128 MB. One product of the head in four is spared by it."""
 MIN_CHUNK = 128
 """Fewer tokens than this would read the head's weight more often than is worth the memory."""
 
@@ -51,7 +57,7 @@ def head_logps(
     if chunk is None:
         chunk = max(MIN_CHUNK, CHUNK_LOGITS // _vocabulary(head.module))
     module = head.module
-    if type(module) is not nn.Linear or module._forward_pre_hooks or module._forward_hooks:
+    if type(module) not in (nn.Linear, Linear) or module._forward_pre_hooks or module._forward_hooks:
         return _by_checkpoint(head, hidden_CH, target_C, chunk, squares)
     device = hidden_CH.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_CH.dtype
@@ -106,57 +112,77 @@ class _Options(NamedTuple):
 
 
 class _HeadLogps(torch.autograd.Function):
-    """With p = softmax(logits), z = logsumexp(logits) and g the gradient of a token's log-probability:
+    """With odds = exp(logits - their largest), p = odds / sum(odds) and g the gradient of a token's log-probability:
 
-    d/d logits = g (1[target] - p),   p = exp(logits - z).
+    d/d logits = g (1[target] - p).
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_C: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        picked, sums, first, squares = [], [], [], []
-        for _, target_K, logits_KV in _chunks(hidden_CH, weight_VH, bias_V, target_C, options):
+        picked, tops, totals, first, squares = [], [], [], [], []
+        kept: deque[Tensor] = deque()
+        room = KEPT_LOGITS if any(ctx.needs_input_grad) and options.softcap is None else 0
+        weight, bias = _cast(weight_VH, bias_V, options)
+        for rows in _chunks(len(target_C), options.chunk):
+            logits_KV, target_K = _logits(hidden_CH[rows], weight, bias, options), target_C[rows]
             top_K, picked_K = logits_KV.amax(1), logits_KV.gather(1, target_K[:, None]).squeeze(1)
             picked.append(picked_K)
             first.append(picked_K >= top_K)
             odds_KV = logits_KV.sub_(top_K[:, None]).exp_()
             total_K = odds_KV.sum(1).log()
-            sums.append(top_K + total_K)
+            tops.append(top_K)
+            totals.append(total_K)
             if options.squares:
                 squares.append(2 * (torch.linalg.vector_norm(odds_KV, dim=1).log() - total_K))
+            room -= odds_KV.numel()
+            if room >= 0:
+                kept.append(odds_KV)
             del logits_KV, odds_KV  # or it would lie there until the next chunk is made
-        sum_C, first_C = torch.cat(sums), torch.cat(first)
+        top_C, total_C, first_C = torch.cat(tops), torch.cat(totals), torch.cat(first)
         square_C = torch.cat(squares) if options.squares else None
-        ctx.save_for_backward(hidden_CH, weight_VH, bias_V, target_C, sum_C)
-        ctx.options = options
+        ctx.save_for_backward(hidden_CH, weight_VH, bias_V, target_C, top_C, total_C)
+        ctx.options, ctx.kept = options, kept
         ctx.mark_non_differentiable(*((first_C,) if square_C is None else (first_C, square_C)))
-        return torch.cat(picked) - sum_C, first_C, square_C
+        return torch.cat(picked) - (top_C + total_C), first_C, square_C
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_C: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        hidden_CH, weight_VH, bias_V, target_C, sum_C = ctx.saved_tensors
+        hidden_CH, weight_VH, bias_V, target_C, top_C, total_C = ctx.saved_tensors
         options: _Options = ctx.options
-        weight = weight_VH.to(options.dtype)
+        kept, ctx.kept = ctx.kept, deque()  # they are overwritten: a second backward pass makes its own
+        weight, bias = _cast(weight_VH, bias_V, options)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_CH) if want_hidden else None
-        grad_weight = torch.zeros_like(weight_VH, dtype=_sums(weight_VH.dtype)) if want_weight else None
-        grad_bias = torch.zeros_like(bias_V, dtype=_sums(bias_V.dtype)) if want_bias else None
-        start = 0
-        for hidden_KH, target_K, logits_KV in _chunks(hidden_CH, weight_VH, bias_V, target_C, options):
-            rows = slice(start, start := start + len(target_K))
-            grad_KV = _grad_logits(logits_KV, target_K, sum_C[rows], grad_C[rows], options)
-            if grad_bias is not None:
-                grad_bias += grad_KV.sum(0)
+        grad_weight: Tensor | None = None
+        grad_bias: Tensor | None = None
+        for rows in _chunks(len(target_C), options.chunk):
+            slope_KV = None
+            if kept:
+                odds_KV = kept.popleft()
+            else:
+                logits_KV = _logits(hidden_CH[rows], weight, bias, options)
+                slope_KV = None if options.softcap is None else 1 - (logits_KV / options.softcap).square()
+                odds_KV = logits_KV.sub_(top_C[rows, None]).exp_()
+                del logits_KV
+            grad_KV = _grad_logits(odds_KV, total_C[rows], target_C[rows], grad_C[rows])
+            if slope_KV is not None:
+                grad_KV.mul_(slope_KV)
+            if options.scale != 1.0:
+                grad_KV.mul_(options.scale)
+            del odds_KV, slope_KV
+            if want_bias:
+                grad_bias = grad_KV.sum(0) if grad_bias is None else grad_bias.add_(grad_KV.sum(0))
             grad_KV = grad_KV.to(options.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad_KV @ weight
-            if grad_weight is not None:
-                _add_product(grad_weight, grad_KV.T, hidden_KH)
-            del logits_KV, grad_KV
+                grad_hidden[rows] = product(grad_KV, weight.T)
+            if want_weight:
+                grad_weight = _plus_product(grad_weight, grad_KV.T, hidden_CH[rows].to(options.dtype))
+            del grad_KV
         return grad_hidden, _as(weight_VH, grad_weight), _as(bias_V, grad_bias), None, None
 
 
@@ -164,35 +190,28 @@ def _as(like: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     return gradient if like is None or gradient is None else gradient.to(like.dtype)
 
 
-def _chunks(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_C: Tensor, options: _Options):  # type: ignore[no-untyped-def]  # noqa: ANN202
-    """Hidden states, targets and fresh logits, chunk by chunk; the logits are the caller's to overwrite."""
-    weight_VH = weight_VH.to(options.dtype)
-    bias_V = None if bias_V is None else bias_V.to(options.dtype)
-    for hidden_KH, target_K in zip(
-        torch.split(hidden_CH, options.chunk), torch.split(target_C, options.chunk), strict=True
-    ):
-        hidden_KH = hidden_KH.to(options.dtype)
-        # No name for the logits here: this frame outlives the chunk, and would keep them.
-        yield (
-            hidden_KH,
-            target_K,
-            _bounded(F.linear(hidden_KH, weight_VH, bias_V).to(_sums(options.dtype)), options.scale, options.softcap),
-        )
+def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
+    return (slice(start, start + chunk) for start in range(0, tokens, chunk))
 
 
-def _grad_logits(logits_KV: Tensor, target_K: Tensor, sum_K: Tensor, grad_K: Tensor, options: _Options) -> Tensor:
-    """Gradient with respect to what the matrix gives, in place of the logits."""
-    slope_KV = None if options.softcap is None else 1 - (logits_KV / options.softcap).square()
-    grad_KV = logits_KV.sub_(sum_K[:, None]).exp_().mul_(-grad_K[:, None])
-    grad_KV.scatter_add_(1, target_K[:, None], grad_K[:, None].to(grad_KV.dtype))
-    if slope_KV is not None:
-        grad_KV.mul_(slope_KV)
-    return grad_KV if options.scale == 1.0 else grad_KV.mul_(options.scale)
+def _cast(weight_VH: Tensor, bias_V: Tensor | None, options: _Options) -> tuple[Tensor, Tensor | None]:
+    return weight_VH.to(options.dtype), None if bias_V is None else bias_V.to(options.dtype)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, the sum over chunks in the precision of `total`."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+def _logits(hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, options: _Options) -> Tensor:
+    """Of a chunk, anew: the caller's to overwrite."""
+    logits_KV = product(hidden_KH.to(options.dtype), weight_VH, bias_V)
+    return _bounded(logits_KV.to(_sums(options.dtype)), options.scale, options.softcap)
+
+
+def _grad_logits(odds_KV: Tensor, total_K: Tensor, target_K: Tensor, grad_K: Tensor) -> Tensor:
+    """Gradient with respect to the bounded logits, in place of the odds."""
+    grad_KV = odds_KV.mul_((-grad_K * torch.exp(-total_K))[:, None])
+    return grad_KV.scatter_add_(1, target_K[:, None], grad_K[:, None].to(grad_KV.dtype))
+
+
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right, in place of the total; the sum over chunks is float32 or better."""
+    if total is None:
+        return (left @ right).to(_sums(left.dtype))
+    return total.addmm_(left, right) if left.dtype == total.dtype else total.add_(left @ right)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dpo_service.errors import TrainingError
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.train.logprobs import split_head, use_packing
+from dpo_service.train.products import use_fast_products
 
 COPIED = (
     "tokenizer*",
@@ -62,6 +63,7 @@ def load_model(
         use_safetensors=True,
     )
     model = model.eval()
+    use_fast_products(model)
     split_head(model)
     use_packing(model)
     return model

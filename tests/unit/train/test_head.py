@@ -79,6 +79,35 @@ def test_logits_exist_a_chunk_at_a_time(monkeypatch, kind):
     assert made.most == 5
 
 
+class Products(TorchDispatchMode):
+    """Counts those that make logits [rows, 13]."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm) and out.shape[1] == 13
+        return out
+
+
+@pytest.mark.parametrize(("room", "products"), [(0, 6), (4 * 13, 5), (4 * 13 * 2 + 1, 4), (2**25, 3)])
+@pytest.mark.parametrize("kind", ["plain", "scaled"])
+def test_what_is_kept_spares_products_and_changes_no_bit(monkeypatch, kind, room, products):
+    """Eleven tokens by four, `room` logits kept: each of three chunks is made once, and again if it was not kept."""
+    head, hidden_CH, target_C = make(kind == "scaled", 0.25 if kind == "scaled" else 1.0, None)
+    inputs = [hidden_CH, *head.module.parameters()]
+    monkeypatch.setattr("dpo_service.train.head.KEPT_LOGITS", 0)
+    expected = torch.autograd.grad(head_logps(head, hidden_CH, target_C, 4)[0].square().sum(), inputs)
+    monkeypatch.setattr("dpo_service.train.head.KEPT_LOGITS", room)
+    with Products() as made:
+        loss = head_logps(head, hidden_CH, target_C, 4)[0].square().sum()
+        found = torch.autograd.grad(loss, inputs, retain_graph=True)
+    assert made.count == products
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    again = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_head_that_is_more_than_a_matrix_gives_the_same(frozen):
     """A subclass takes the checkpointed way."""
