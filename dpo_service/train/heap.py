@@ -1,21 +1,11 @@
-"""What a process does with memory that its tensors have given back."""
+"""How a process gets the memory of its tensors on the CPU."""
 
 from __future__ import annotations
 
-import ctypes
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+"""Environment in which torch asks for pages of 2 MB under large tensors, where the kernel has them for those who ask
+(`/sys/kernel/mm/transparent_hugepage/enabled`: madvise). Read at a process's first tensor.
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""mallopt(3)"""
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep it for the next tensors, for as long as this process lives.
-
-    By default each large array is mapped anew and unmapped again, so that every step takes its gigabyte in pages that
-    the kernel must find and clear: a tenth of a step's time. The peak of the resident size is the same, and stays.
-    Elsewhere than on glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+glibc maps each large array anew and unmaps it again, so that a step takes its gigabyte from the kernel page by page:
+with pages of 4 KB that is a tenth of its time.
+"""

@@ -39,7 +39,7 @@ from dpo_service.storage import paths
 from dpo_service.storage.store import Store
 from dpo_service.telemetry import log
 from dpo_service.train.feed import StepFeed
-from dpo_service.train.heap import keep_freed_memory
+from dpo_service.train.heap import HUGE_PAGES
 from dpo_service.train.loop import TrainOutcome, train
 from dpo_service.train.ranks import BACKENDS, Ranks
 from dpo_service.train.tracking import Tracked
@@ -198,11 +198,10 @@ def _ranks() -> Ranks:
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     log.quiet()
+    os.environ.update(HUGE_PAGES)
     context = ray.train.get_context()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    if (device := get_device()).type == "cpu":
-        keep_freed_memory()
-    return Ranks(context.get_world_rank(), context.get_world_size(), device)
+    return Ranks(context.get_world_rank(), context.get_world_size(), get_device())
 
 
 def start_ray() -> None:
