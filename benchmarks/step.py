@@ -5,7 +5,7 @@
 
 A 40M-parameter Llama with a vocabulary of 32,000; random rows, whose lengths are log-normal with the means named in
 workload.py, or those of a preference file's texts. Each trainer is a process of its own, and they take their steps by
-turns with a third that measures what `torch.mm` reaches on the same cores (turns.py).
+turns (turns.py); then `torch.mm` is measured on the same cores, and ours once more, each alone.
 
 A step's time is all from one step's start to the next one's: collating, forward, backward, optimizer, logging. Peak
 memory is the process's largest resident size while it trains. The first step of each is not counted. Utilisation
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.turns import Turns, by_turns
+from benchmarks.turns import Trainer, Turns, by_turns
 from benchmarks.workload import LENGTHS, RATE, Columns, Setting, make_model, make_rows, run_spec
 
 
@@ -123,7 +123,7 @@ def train_trl(setting: Setting, columns: Columns, turns: Turns) -> dict[str, Any
 
 
 def multiply(setting: Setting, _columns: Columns, turns: Turns) -> dict[str, Any]:
-    """What `torch.mm` reaches in the precision, operations a second, before each step of the others."""
+    """What `torch.mm` reaches in the precision, operations a second, as often as there are steps."""
     import torch
 
     from dpo_service.train.flops import matrix_rate
@@ -138,12 +138,10 @@ def multiply(setting: Setting, _columns: Columns, turns: Turns) -> dict[str, Any
 
 
 def summary(setting: Setting, columns: Columns, parameters: int) -> dict[str, Any]:
-    trainers = {"mm": multiply, "ours": train_ours, "TRL": train_trl}
+    trainers = {"ours": train_ours, "TRL": train_trl}
     seconds, ends = by_turns(trainers, (setting, columns), steps=setting.steps, threads=setting.threads)
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     pairs = zip(ends["ours"]["losses"], ends["TRL"]["losses"], strict=True)
-    reached = [count / time for count, time in zip(ends["ours"]["operations"], seconds["ours"], strict=True)][1:]
-    mm = statistics.median(ends["mm"]["rates"][1:])
     return {
         "unit": "seconds a step",
         "ours": medians["ours"],
@@ -153,12 +151,25 @@ def summary(setting: Setting, columns: Columns, parameters: int) -> dict[str, An
         "peak_gigabytes": {name: ends[name]["peak"] for name in ("ours", "TRL")},
         "memory_ratio": ends["ours"]["peak"] / ends["TRL"]["peak"],
         "largest_loss_difference": max(abs(a - b) for a, b in pairs),
-        "mm_gigaflops": mm / 1e9,
-        "utilisation": statistics.median(reached) / mm,
         "parameters": parameters,
         "mean_tokens": {name: statistics.mean(map(len, values)) for name, values in columns.items()},
         "setting": {name: value for name, value in asdict(setting).items() if name != "folder"},
-    }
+    } | utilisation(setting, columns)
+
+
+def utilisation(setting: Setting, columns: Columns) -> dict[str, float]:
+    """Each with the machine to itself: who takes turns with a process that gives memory back and takes it again is
+    slowed by it, and so is `torch.mm`."""
+
+    def alone(trainer: Trainer) -> tuple[list[float], dict[str, Any]]:
+        seconds, ends = by_turns({"it": trainer}, (setting, columns), steps=setting.steps, threads=setting.threads)
+        return seconds["it"], ends["it"]
+
+    _, mm = alone(multiply)
+    seconds, ours = alone(train_ours)
+    rate = statistics.median(mm["rates"][1:])
+    reached = [count / time for count, time in zip(ours["operations"], seconds, strict=True)][1:]
+    return {"mm_gigaflops": rate / 1e9, "utilisation": statistics.median(reached) / rate}
 
 
 def main() -> None:
