@@ -43,6 +43,14 @@ def save_tokenizer(directory: Path, *, vocabulary: int = 400, chat_template: str
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 
+def tiny_config(**sizes):
+    """A Llama's for the tokenizer of `save_tokenizer`; `sizes` as in LlamaConfig."""
+    from transformers import LlamaConfig
+
+    usual = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return LlamaConfig(vocab_size=400, bos_token_id=0, eos_token_id=1, pad_token_id=2, **usual | sizes)
+
+
 def save_tiny_llama(
     directory: Path,
     *,
@@ -54,21 +62,15 @@ def save_tiny_llama(
 ) -> Path:
     """A random Llama of `layers` layers with a tokenizer of 400 tokens."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     save_tokenizer(directory, chat_template=chat_template)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=400,
+    config = tiny_config(
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         max_position_embeddings=context,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
@@ -83,25 +85,13 @@ def save_scorer(directory: Path, *, context: int = 4096) -> Path:
     before it alone, until it is trained. So its answers end, differ, and can be read by who asks it for a score."""
     import torch
     from tokenizers import Tokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     save_tokenizer(directory)
     known = Tokenizer.from_file(str(directory / "tokenizer.json"))
     spelt = [known.token_to_id(character) for character in SAID.replace(" ", "Ġ")]
     digits = [known.token_to_id(digit) for digit in "012345"]
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=context,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        tie_word_embeddings=False,
-    )
+    config = tiny_config(intermediate_size=64, max_position_embeddings=context, tie_word_embeddings=False)
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     embedded, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from dpo_service.checkpoint.format import digest_of
 from dpo_service.errors import JudgeError
@@ -20,7 +19,7 @@ from dpo_service.specs.sampling import SamplerSpec, SamplingSpec
 from dpo_service.storage import paths
 from tests.models import save_tiny_llama
 from tests.unit.online.online_kit import RULES, Finishing, train_online
-from tests.unit.train.training_kit import Recorder, build_model, make_job, random_rows
+from tests.unit.train.training_kit import Recorder, make_job, random_rows
 
 ROWS = 24
 JUDGE = RulesJudgeSpec.model_validate(RULES)
@@ -32,16 +31,6 @@ SOURCES = {
     "sppo": ({"sync": "iteration", "iteration_steps": 2, "judge": JUDGE, "win_scale": 0.25}, "sppo"),
     "spin": ({"sync": "iteration", "iteration_steps": 2}, "sigmoid"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _few_threads():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return build_model(tmp_path_factory.mktemp("tiny"))
 
 
 def job_of(root, model_dir, source, *, steps=4):

@@ -4,7 +4,6 @@ dies between and within transfers, and who sleeps when on a device that is share
 from __future__ import annotations
 
 import pytest
-import torch
 
 from dpo_service.errors import SamplerLost, WeightsRefused
 from dpo_service.online import device_export
@@ -21,17 +20,11 @@ from dpo_service.train.ranks import Ranks
 from tests.models import save_tiny_llama
 from tests.unit.online.curator_kit import KeptSamples, SomePrompts
 from tests.unit.online.device_kit import BOTH, Actor, Reached, pool_of, use_wires
-from tests.unit.online.test_online_feed import SIZE, Likes, Reports, model_dir, online_job, trained
+from tests.unit.online.test_online_feed import SIZE, Likes, Reports, online_job, trained
 
-__all__ = ["model_dir"]
 pytest.importorskip("vllm")
 OWN = SamplerSpec(gpus=1, samplers=2, dtype="float32", max_num_seqs=8)
 SHARED = SamplerSpec(gpus=1, shares_device=True, dtype="float32", max_num_seqs=8)
-
-
-@pytest.fixture(autouse=True)
-def _few_threads():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from dpo_service.checkpoint.format import digest_of
 from dpo_service.errors import SpendCapReached, TooFewVerdicts, TrainingError
@@ -20,21 +19,11 @@ from dpo_service.specs.run import OnlineSpec
 from dpo_service.specs.sampling import SamplerSpec, SamplingSpec
 from tests.unit.online.judges.openai_kit import serving_on_a_thread
 from tests.unit.online.online_kit import RULES, train_online
-from tests.unit.train.training_kit import Recorder, build_model, make_job, random_rows
+from tests.unit.train.training_kit import Recorder, make_job, random_rows
 
 ROWS = 24
 OVER = r"has cost [45]\.\d+ and may cost 4;"
 """Calls under way when the cap is reached are paid for."""
-
-
-@pytest.fixture(autouse=True)
-def _few_threads():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return build_model(tmp_path_factory.mktemp("tiny"))
 
 
 def job_of(root, model_dir, judge, *, steps):

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from dpo_service.errors import StopAsked
 from dpo_service.online.curator import Curator, CuratorPlan
@@ -26,21 +25,11 @@ from dpo_service.specs.pairing import PairingSpec
 from dpo_service.specs.sampling import SamplerSpec, SamplingSpec
 from dpo_service.train.ranks import Ranks
 from tests.unit.online.curator_kit import KeptSamples, SomePrompts
-from tests.unit.train.training_kit import build_model, make_job, same, weights
+from tests.unit.train.training_kit import make_job, same, weights
 
 SIZE = 8
 LIKED = range(100)
 """Tokens that the judge likes: a third of the vocabulary."""
-
-
-@pytest.fixture(autouse=True)
-def _few_threads():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return build_model(tmp_path_factory.mktemp("tiny"))
 
 
 class Likes:
