@@ -34,7 +34,6 @@ def train_ours(setting: Setting, columns: Columns, turns: Turns) -> dict[str, An
     from dpo_service.rows.plan import BatchPlan
     from dpo_service.train.batch import collate
     from dpo_service.train.flops import Cost
-    from dpo_service.train.heap import HUGE_PAGES
     from dpo_service.train.optim import build_optimizer
     from dpo_service.train.policy import load_model
     from dpo_service.train.ranks import Ranks
@@ -42,7 +41,6 @@ def train_ours(setting: Setting, columns: Columns, turns: Turns) -> dict[str, An
     from dpo_service.train.rows import RowTable
     from dpo_service.train.step import TrainState, train_step
 
-    os.environ.update(HUGE_PAGES)  # as a job's worker does
     run, losses, operations = run_spec(setting), [], []
     table = pa.table(columns)
     if setting.reference == "cached":

@@ -39,7 +39,6 @@ from dpo_service.storage import paths
 from dpo_service.storage.store import Store
 from dpo_service.telemetry import log
 from dpo_service.train.feed import StepFeed
-from dpo_service.train.heap import HUGE_PAGES
 from dpo_service.train.loop import TrainOutcome, train
 from dpo_service.train.ranks import BACKENDS, Ranks
 from dpo_service.train.tracking import Tracked
@@ -198,7 +197,6 @@ def _ranks() -> Ranks:
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     log.quiet()
-    os.environ.update(HUGE_PAGES)
     context = ray.train.get_context()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     return Ranks(context.get_world_rank(), context.get_world_size(), get_device())

@@ -22,7 +22,6 @@ from dpo_service.manifests.dataset import ANSWERS
 from dpo_service.rows.plan import micro_batches
 from dpo_service.specs.run import BatchSpec
 from dpo_service.train.batch import MicroBatch, collate
-from dpo_service.train.heap import HUGE_PAGES
 from dpo_service.train.logprobs import completion_logps
 from dpo_service.train.losses import without_tail
 from dpo_service.train.policy import autocast, base_of, load_model
@@ -94,7 +93,6 @@ class ReferenceScorer:
     """
 
     def __init__(self, model_dir: str, precision: str, batch: BatchSpec, ld_alpha: float = 1.0) -> None:
-        os.environ.update(HUGE_PAGES)
         if threads := os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
