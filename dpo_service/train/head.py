@@ -2,7 +2,7 @@
 
 The output head is applied to a chunk of tokens at a time. The exponentials of the first chunks' logits are kept for the
 backward pass, as many as `KEPT_LOGITS`; the others are thrown away and computed again there, which needs of them only
-the logarithm of their sum. Sums are float32 whatever the arithmetic.
+the largest logit and the logarithm of the sum. Sums are float32 whatever the arithmetic.
 
 Shapes: C completion tokens, K tokens of a chunk, H hidden size, V vocabulary.
 """
