@@ -61,7 +61,8 @@ def head_logps(
         return _by_checkpoint(head, hidden_CH, target_C, chunk, squares)
     device = hidden_CH.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_CH.dtype
-    options = _Options(chunk, dtype, head.scale, head.softcap, squares)
+    kept = KEPT_LOGITS if torch.is_grad_enabled() and head.softcap is None else 0
+    options = _Options(chunk, dtype, head.scale, head.softcap, squares, kept)
     return TokenLogps(*_HeadLogps.apply(hidden_CH, module.weight, module.bias, target_C, options))  # type: ignore[no-untyped-call]
 
 
@@ -109,6 +110,8 @@ class _Options(NamedTuple):
     scale: float
     softcap: float | None
     squares: bool
+    kept: int
+    """Logits whose exponentials wait for the backward pass."""
 
 
 class _HeadLogps(torch.autograd.Function):
@@ -123,7 +126,7 @@ class _HeadLogps(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         picked, tops, totals, first, squares = [], [], [], [], []
         kept: deque[Tensor] = deque()
-        room = KEPT_LOGITS if any(ctx.needs_input_grad) and options.softcap is None else 0
+        room = options.kept if any(ctx.needs_input_grad) else 0
         weight, bias = _cast(weight_VH, bias_V, options)
         for rows in _chunks(len(target_C), options.chunk):
             logits_KV, target_K = _logits(hidden_CH[rows], weight, bias, options), target_C[rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -106,6 +107,32 @@ def test_what_is_kept_spares_products_and_changes_no_bit(monkeypatch, kind, room
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     again = torch.autograd.grad(loss, inputs)
     assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
+class Alive(TorchDispatchMode):
+    """The most logits [rows, 13] of earlier chunks that were there when a product was made."""
+
+    most = 0
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if func.overloadpacket is torch.ops.aten.mm and out.shape[1] == 13:
+            self.most = max(self.most, sum(earlier() is not None for earlier in self.made))
+            self.made.append(weakref.ref(out))
+        return out
+
+
+@pytest.mark.parametrize(("grad", "earlier"), [(True, 2), (False, 0)])
+def test_nothing_is_kept_where_no_backward_pass_follows(grad, earlier):
+    """Eleven tokens by four."""
+    head, hidden_CH, target_C = make(False, 1.0, None)
+    with torch.set_grad_enabled(grad), Alive() as alive:
+        head_logps(head, hidden_CH, target_C, 4)
+    assert alive.most == earlier
 
 
 @pytest.mark.parametrize("frozen", [True, False])
