@@ -18,13 +18,16 @@ import argparse
 import os
 import statistics
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import results
 from benchmarks.turns import Trainer, Turns, by_turns
 from benchmarks.workload import LENGTHS, RATE, Columns, Setting, make_model, make_rows, run_spec
+
+ALONE_STEPS = 8
+"""At least so many, and the machine to itself, for the utilisation."""
 
 
 def train_ours(setting: Setting, columns: Columns, turns: Turns) -> dict[str, Any]:
@@ -152,12 +155,13 @@ def summary(setting: Setting, columns: Columns, parameters: int) -> dict[str, An
         "parameters": parameters,
         "mean_tokens": {name: statistics.mean(map(len, values)) for name, values in columns.items()},
         "setting": {name: value for name, value in asdict(setting).items() if name != "folder"},
-    } | utilisation(setting, columns)
+    } | utilisation(replace(setting, steps=max(setting.steps, ALONE_STEPS)))
 
 
-def utilisation(setting: Setting, columns: Columns) -> dict[str, float]:
+def utilisation(setting: Setting) -> dict[str, float]:
     """Each with the machine to itself: who takes turns with a process that gives memory back and takes it again is
-    slowed by it, and so is `torch.mm`."""
+    slowed by it, and so is `torch.mm`. The first two steps are not counted: they touch memory for the first time."""
+    columns = make_rows(setting)
 
     def alone(trainer: Trainer) -> tuple[list[float], dict[str, Any]]:
         seconds, ends = by_turns({"it": trainer}, (setting, columns), steps=setting.steps, threads=setting.threads)
@@ -165,8 +169,8 @@ def utilisation(setting: Setting, columns: Columns) -> dict[str, float]:
 
     _, mm = alone(multiply)
     seconds, ours = alone(train_ours)
-    rate = statistics.median(mm["rates"][1:])
-    reached = [count / time for count, time in zip(ours["operations"], seconds, strict=True)][1:]
+    rate = statistics.median(mm["rates"][2:])
+    reached = [count / time for count, time in zip(ours["operations"], seconds, strict=True)][2:]
     return {"mm_gigaflops": rate / 1e9, "utilisation": statistics.median(reached) / rate}
 
 

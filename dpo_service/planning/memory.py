@@ -28,7 +28,8 @@ from dpo_service.specs.run import Precision
 
 FLOAT32, BFLOAT16 = 4, 2
 FOUR_BITS = 0.5 + 0.127 / 8
-CHUNK_LOGITS = KEPT_LOGITS = 2**25
+CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**27, 2**30
+KEPT_LOGITS = 2**25
 MIN_CHUNK = 128
 """As in train/head.py."""
 BUCKET_BYTES = 32 << 20
@@ -195,7 +196,7 @@ def _moments(shape: ModelShape, recipe: Recipe, load: Load) -> dict[str, dict[st
             "weights in bfloat16": kept_copies if recipe.lora_rank else shape.layers * copies,
             "gradients": kept,
             "activations": kept_layers + outside,
-            "output head": logits + _kept_logits(shape, load) + _head_copy(shape, recipe),
+            "output head": logits + _kept_logits(shape, recipe, load) + _head_copy(shape, recipe),
         },
         "head, backward": {
             "gathered": gathered,
@@ -267,18 +268,23 @@ def _layer_copies(shape: ModelShape, recipe: Recipe) -> float:
 
 def _logits(shape: ModelShape, recipe: Recipe, load: Load) -> float:
     """A chunk of logits, float32, and what it was made from."""
-    chunk = min(load.answers, _chunk(shape))
-    return chunk * shape.vocabulary * (FLOAT32 if recipe.precision == "float32" else FLOAT32 + BFLOAT16)
+    return min(load.answers, _chunk(shape, recipe)) * shape.vocabulary * _logit_bytes(recipe)
 
 
-def _kept_logits(shape: ModelShape, load: Load) -> float:
-    """Those of the first chunk, float32, while the others are made; the backward pass begins by using them up."""
-    logits = _chunk(shape) * shape.vocabulary
-    return FLOAT32 * logits if load.answers > _chunk(shape) and logits <= KEPT_LOGITS else 0
+def _kept_logits(shape: ModelShape, recipe: Recipe, load: Load) -> float:
+    """Those of the first chunk, in float32, while the others are made; the backward pass begins by using them up."""
+    chunk = _chunk(shape, recipe)
+    kept = recipe.precision == "float32" and load.answers > chunk and chunk * shape.vocabulary <= KEPT_LOGITS
+    return FLOAT32 * chunk * shape.vocabulary if kept else 0
 
 
-def _chunk(shape: ModelShape) -> int:
-    return max(MIN_CHUNK, CHUNK_LOGITS // shape.vocabulary)
+def _chunk(shape: ModelShape, recipe: Recipe) -> int:
+    room = CUDA_CHUNK_BYTES if recipe.cuda else CHUNK_BYTES
+    return max(MIN_CHUNK, room // (_logit_bytes(recipe) * shape.vocabulary))
+
+
+def _logit_bytes(recipe: Recipe) -> int:
+    return FLOAT32 if recipe.precision == "float32" else FLOAT32 + BFLOAT16
 
 
 def _head_copy(shape: ModelShape, recipe: Recipe) -> float:

@@ -1,8 +1,8 @@
 """Log-probabilities of tokens from the states that predict them, without a whole [tokens, vocabulary] array.
 
-The output head is applied to a chunk of tokens at a time. The exponentials of the first chunks' logits are kept for the
-backward pass, as many as `KEPT_LOGITS`; the others are thrown away and computed again there, which needs of them only
-the largest logit and the logarithm of the sum. Sums are float32 whatever the arithmetic.
+The output head is applied to a chunk of tokens at a time. In float32 the exponentials of the first chunks' logits are
+kept for the backward pass, as many as `KEPT_LOGITS`; all others are thrown away and computed again there, which needs
+of them only the largest logit and the logarithm of the sum. Sums are float32 whatever the arithmetic.
 
 Shapes: C completion tokens, K tokens of a chunk, H hidden size, V vocabulary.
 """
@@ -20,10 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_service.train.products import Linear, product
 
-CHUNK_LOGITS = 2**25
-"""Logits made at one time: 128 MB of them, a thousand tokens at a vocabulary of 32,000."""
+CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**27, 2**30
+"""Logits made at one time, in float32 and in the arithmetic's type: a thousand tokens at a vocabulary of 32,000. For
+each chunk the head's weight is read and its gradient added to, which keeps a GPU waiting if the chunk is small."""
 KEPT_LOGITS = 2**25
-"""Of which the exponentials live until the backward pass: 128 MB. One product of the head in four is spared by it."""
+"""Of which the exponentials live until the backward pass: 128 MB. One product of the head in four is spared by it; in
+bfloat16 that product is cheap, and nothing is kept."""
 MIN_CHUNK = 128
 """Fewer tokens than this would read the head's weight more often than is worth the memory."""
 
@@ -54,14 +56,13 @@ def head_logps(
     head: Head, hidden_CH: Tensor, target_C: Tensor, chunk: int | None = None, *, squares: bool = False
 ) -> TokenLogps:
     """The tokens' log-probabilities; `square_C` only where `squares` asks for it."""
+    module, device = head.module, hidden_CH.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_CH.dtype
     if chunk is None:
-        chunk = max(MIN_CHUNK, CHUNK_LOGITS // _vocabulary(head.module))
-    module = head.module
+        chunk = _chunk_tokens(_vocabulary(module), dtype, device)
     if type(module) not in (nn.Linear, Linear) or module._forward_pre_hooks or module._forward_hooks:
         return _by_checkpoint(head, hidden_CH, target_C, chunk, squares)
-    device = hidden_CH.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_CH.dtype
-    kept = KEPT_LOGITS if torch.is_grad_enabled() and head.softcap is None else 0
+    kept = KEPT_LOGITS if torch.is_grad_enabled() and head.softcap is None and dtype == _sums(dtype) else 0
     options = _Options(chunk, dtype, head.scale, head.softcap, squares, kept)
     return TokenLogps(*_HeadLogps.apply(hidden_CH, module.weight, module.bias, target_C, options))  # type: ignore[no-untyped-call]
 
@@ -91,6 +92,12 @@ def _by_checkpoint(head: Head, hidden_CH: Tensor, target_C: Tensor, chunk: int, 
 
 def _vocabulary(module: nn.Module) -> int:
     return int(getattr(module, "out_features", 0)) or 2**16
+
+
+def _chunk_tokens(vocabulary: int, dtype: torch.dtype, device: str) -> int:
+    logit = _sums(dtype).itemsize + (dtype.itemsize if dtype != _sums(dtype) else 0)
+    room = CUDA_CHUNK_BYTES if device == "cuda" else CHUNK_BYTES
+    return max(MIN_CHUNK, room // (logit * vocabulary))
 
 
 def _sums(dtype: torch.dtype) -> torch.dtype:

@@ -72,7 +72,7 @@ class Logits(TorchDispatchMode):
 @pytest.mark.parametrize("kind", [nn.Linear, type("More", (nn.Linear,), {})])
 def test_logits_exist_a_chunk_at_a_time(monkeypatch, kind):
     """Of 50 tokens, forward and backward."""
-    monkeypatch.setattr("dpo_service.train.head.CHUNK_LOGITS", 5 * 13 + 1)
+    monkeypatch.setattr("dpo_service.train.head.CHUNK_BYTES", 4 * (5 * 13 + 1))
     monkeypatch.setattr("dpo_service.train.head.MIN_CHUNK", 2)
     hidden_CH = torch.randn(50, 4, requires_grad=True)
     with Logits() as made:
@@ -124,6 +124,17 @@ class Alive(TorchDispatchMode):
             self.most = max(self.most, sum(earlier() is not None for earlier in self.made))
             self.made.append(weakref.ref(out))
         return out
+
+
+def test_in_bfloat16_a_logit_takes_six_bytes_and_none_is_kept(monkeypatch):
+    """Fifty tokens by five: ten chunks, and again each in the backward pass."""
+    monkeypatch.setattr("dpo_service.train.head.CHUNK_BYTES", 6 * (5 * 13 + 1))
+    monkeypatch.setattr("dpo_service.train.head.MIN_CHUNK", 2)
+    hidden_CH = torch.randn(50, 4, dtype=torch.bfloat16, requires_grad=True)
+    head = Head(nn.Linear(4, 13, dtype=torch.bfloat16))
+    with Products() as made:
+        head_logps(head, hidden_CH, torch.arange(50) % 13)[0].sum().backward()
+    assert made.count == 20
 
 
 @pytest.mark.parametrize(("grad", "earlier"), [(True, 2), (False, 0)])
