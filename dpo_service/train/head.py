@@ -135,8 +135,9 @@ class _HeadLogps(torch.autograd.Function):
         kept: deque[Tensor] = deque()
         room = options.kept if any(ctx.needs_input_grad) else 0
         weight, bias = _cast(weight_VH, bias_V, options)
+        scratch = _Scratch(hidden_CH.device)
         for rows in _chunks(len(target_C), options.chunk):
-            logits_KV, target_K = _logits(hidden_CH[rows], weight, bias, options), target_C[rows]
+            logits_KV, target_K = _logits(hidden_CH[rows], weight, bias, options, scratch), target_C[rows]
             top_K, picked_K = logits_KV.amax(1), logits_KV.gather(1, target_K[:, None]).squeeze(1)
             picked.append(picked_K)
             first.append(picked_K >= top_K)
@@ -170,12 +171,13 @@ class _HeadLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_CH) if want_hidden else None
         grad_weight: Tensor | None = None
         grad_bias: Tensor | None = None
+        scratch = _Scratch(hidden_CH.device)
         for rows in _chunks(len(target_C), options.chunk):
             slope_KV = None
             if kept:
                 odds_KV = kept.popleft()
             else:
-                logits_KV = _logits(hidden_CH[rows], weight, bias, options)
+                logits_KV = _logits(hidden_CH[rows], weight, bias, options, scratch)
                 slope_KV = None if options.softcap is None else 1 - (logits_KV / options.softcap).square()
                 odds_KV = logits_KV.sub_(top_C[rows, None]).exp_()
                 del logits_KV
@@ -187,11 +189,11 @@ class _HeadLogps(torch.autograd.Function):
             del odds_KV, slope_KV
             if want_bias:
                 grad_bias = grad_KV.sum(0) if grad_bias is None else grad_bias.add_(grad_KV.sum(0))
-            grad_KV = grad_KV.to(options.dtype)
+            grad_KV = scratch.cast("products", grad_KV, options.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = product(grad_KV, weight.T)
             if want_weight:
-                grad_weight = _plus_product(grad_weight, grad_KV.T, hidden_CH[rows].to(options.dtype))
+                grad_weight = _plus_product(grad_weight, grad_KV.T, hidden_CH[rows].to(options.dtype), scratch)
             del grad_KV
         return grad_hidden, _as(weight_VH, grad_weight), _as(bias_V, grad_bias), None, None
 
@@ -208,10 +210,40 @@ def _cast(weight_VH: Tensor, bias_V: Tensor | None, options: _Options) -> tuple[
     return weight_VH.to(options.dtype), None if bias_V is None else bias_V.to(options.dtype)
 
 
-def _logits(hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, options: _Options) -> Tensor:
-    """Of a chunk, anew: the caller's to overwrite."""
-    logits_KV = product(hidden_KH.to(options.dtype), weight_VH, bias_V)
-    return _bounded(logits_KV.to(_sums(options.dtype)), options.scale, options.softcap)
+class _Scratch:
+    """Arrays that serve one chunk after the other. malloc would ask the system for the memory of each anew: that was a
+    twelfth of a step in bfloat16."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._held: dict[str, Tensor] = {}
+
+    def empty(self, what: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """[rows, columns], where the last array of this name lay."""
+        held = self._held.get(what)
+        if held is None or held.numel() < rows * columns:
+            held = self._held[what] = torch.empty(rows * columns, dtype=dtype, device=self._device)
+        return held[: rows * columns].view(rows, columns)
+
+    def cast(self, what: str, values_RC: Tensor, dtype: torch.dtype) -> Tensor:
+        if values_RC.dtype == dtype:
+            return values_RC
+        rows, columns = values_RC.shape
+        return self.empty(what, rows, columns, dtype).copy_(values_RC)
+
+
+def _logits(
+    hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, options: _Options, scratch: _Scratch
+) -> Tensor:
+    """Of a chunk, until the next one's are made: the caller's to overwrite, and to keep if nothing was cast."""
+    hidden_KH, sums = hidden_KH.to(options.dtype), _sums(options.dtype)
+    if options.dtype == sums:
+        logits_KV = product(hidden_KH, weight_VH, bias_V)
+    else:
+        made_KV = scratch.empty("products", len(hidden_KH), len(weight_VH), options.dtype)
+        torch.mm(hidden_KH, weight_VH.T, out=made_KV)
+        logits_KV = scratch.cast("sums", made_KV if bias_V is None else made_KV.add_(bias_V), sums)
+    return _bounded(logits_KV, options.scale, options.softcap)
 
 
 def _grad_logits(odds_KV: Tensor, total_K: Tensor, target_K: Tensor, grad_K: Tensor) -> Tensor:
@@ -220,8 +252,10 @@ def _grad_logits(odds_KV: Tensor, total_K: Tensor, target_K: Tensor, grad_K: Ten
     return grad_KV.scatter_add_(1, target_K[:, None], grad_K[:, None].to(grad_KV.dtype))
 
 
-def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, scratch: _Scratch) -> Tensor:
     """total + left @ right, in place of the total; the sum over chunks is float32 or better."""
-    if total is None:
-        return (left @ right).to(_sums(left.dtype))
-    return total.addmm_(left, right) if left.dtype == total.dtype else total.add_(left @ right)
+    sums = _sums(left.dtype)
+    if left.dtype == sums:
+        return left @ right if total is None else total.addmm_(left, right)
+    made = torch.mm(left, right, out=scratch.empty("weight", len(left), right.shape[1], left.dtype))
+    return made.to(sums) if total is None else total.add_(made)

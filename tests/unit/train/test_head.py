@@ -57,6 +57,21 @@ def test_equals_the_whole_computation(bias, scale, softcap, chunk):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(("bias", "scale", "softcap"), HEADS)
+def test_in_bfloat16_a_chunk_takes_nothing_from_the_one_before(bias, scale, softcap):
+    """Chunks lie where the one before lay, the last one shorter; against one chunk of all, with the same products."""
+    head, hidden_CH, target_C = make(bias, scale, softcap, dtype=torch.bfloat16)
+    inputs = [hidden_CH, *head.module.parameters()]
+    found, expected = (head_logps(head, hidden_CH, target_C, chunk, squares=True) for chunk in (4, 11))
+    assert torch.allclose(found.logps_C, expected.logps_C, rtol=1e-5)
+    assert torch.allclose(found.square_C, expected.square_C, rtol=1e-5)
+    weights_C = torch.linspace(-1, 2, 11)
+    ours, theirs = (torch.autograd.grad(logps.logps_C @ weights_C, inputs) for logps in (found, expected))
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-2, atol=1e-3)
+    for a, b in zip(ours[1:], theirs[1:], strict=True):  # summed over chunks: rounded elsewhere
+        assert torch.allclose(a, b, rtol=0.02, atol=0.02)
+
+
 class Logits(TorchDispatchMode):
     """Notes the most rows of an array [rows, 13] that anything made."""
 
