@@ -14,7 +14,7 @@ def test_every_pair_of_state_and_move_is_decided() -> None:
         assert set(TABLE[state]) == set(Move), state
 
 
-@pytest.mark.parametrize("state", TERMINAL)
+@pytest.mark.parametrize("state", sorted(TERMINAL))
 @pytest.mark.parametrize("move", Move)
 def test_an_ended_job_never_moves(state: State, move: Move) -> None:
     with pytest.raises(Conflict, match=state.value):
