@@ -83,7 +83,7 @@ lint: install-dev ## ruff, mypy strict, import-linter
 	$(BIN)/lint-imports
 
 test: lint ## Everything a change must pass
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup -m 'not long and not gpu' $(TESTS)
+	$(BIN)/pytest -m 'not long and not gpu' $(TESTS)
 
 test-long: install-dev ## The tests that take minutes to hours
 	$(BIN)/pytest -m long --timeout 7200 tests

@@ -44,14 +44,6 @@ CPUS = 4
 """More than the machine may have: tests wait for results, not for a free core."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two processes (`make test`) one takes all that runs on Ray, whose cluster there is once."""
-    for item in items:
-        if item.get_closest_marker("ray") or item.get_closest_marker("e2e"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _no_network() -> Iterator[None]:
     """Whatever leaves the machine fails at once, as with the cable pulled."""
