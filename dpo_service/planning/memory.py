@@ -24,16 +24,11 @@ from typing import Literal
 
 from dpo_service.planning.shape import ModelShape
 from dpo_service.specs.optim import OptimizerName
+from dpo_service.specs.room import BUCKET_BYTES, KEPT_LOGITS, chunk_tokens
 from dpo_service.specs.run import Precision
 
 FLOAT32, BFLOAT16 = 4, 2
 FOUR_BITS = 0.5 + 0.127 / 8
-CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**27, 2**30
-KEPT_LOGITS = 2**25
-MIN_CHUNK = 128
-"""As in train/head.py."""
-BUCKET_BYTES = 32 << 20
-"""As in train/ranks.py."""
 CPU_FRAMEWORK = 420 << 20
 """Resident size of a worker that has imported torch and transformers."""
 CUDA_FRAMEWORK = 1200 << 20
@@ -279,8 +274,7 @@ def _kept_logits(shape: ModelShape, recipe: Recipe, load: Load) -> float:
 
 
 def _chunk(shape: ModelShape, recipe: Recipe) -> int:
-    room = CUDA_CHUNK_BYTES if recipe.cuda else CHUNK_BYTES
-    return max(MIN_CHUNK, room // (_logit_bytes(recipe) * shape.vocabulary))
+    return chunk_tokens(shape.vocabulary, _logit_bytes(recipe), cuda=recipe.cuda)
 
 
 def _logit_bytes(recipe: Recipe) -> int:

@@ -18,16 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from dpo_service.specs.room import KEPT_LOGITS, chunk_tokens
 from dpo_service.train.products import Linear, product
-
-CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**27, 2**30
-"""Logits made at one time, in float32 and in the arithmetic's type: a thousand tokens at a vocabulary of 32,000. For
-each chunk the head's weight is read and its gradient added to, which keeps a GPU waiting if the chunk is small."""
-KEPT_LOGITS = 2**25
-"""Of which the exponentials live until the backward pass: 128 MB. One product of the head in four is spared by it; in
-bfloat16 that product is cheap, and nothing is kept."""
-MIN_CHUNK = 128
-"""Fewer tokens than this would read the head's weight more often than is worth the memory."""
 
 
 class Head(NamedTuple):
@@ -59,7 +51,8 @@ def head_logps(
     module, device = head.module, hidden_CH.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_CH.dtype
     if chunk is None:
-        chunk = _chunk_tokens(_vocabulary(module), dtype, device)
+        logit_bytes = _sums(dtype).itemsize + (0 if dtype == _sums(dtype) else dtype.itemsize)
+        chunk = chunk_tokens(_vocabulary(module), logit_bytes, cuda=device == "cuda")
     if type(module) not in (nn.Linear, Linear) or module._forward_pre_hooks or module._forward_hooks:
         return _by_checkpoint(head, hidden_CH, target_C, chunk, squares)
     kept = KEPT_LOGITS if torch.is_grad_enabled() and head.softcap is None and dtype == _sums(dtype) else 0
@@ -92,12 +85,6 @@ def _by_checkpoint(head: Head, hidden_CH: Tensor, target_C: Tensor, chunk: int, 
 
 def _vocabulary(module: nn.Module) -> int:
     return int(getattr(module, "out_features", 0)) or 2**16
-
-
-def _chunk_tokens(vocabulary: int, dtype: torch.dtype, device: str) -> int:
-    logit = _sums(dtype).itemsize + (dtype.itemsize if dtype != _sums(dtype) else 0)
-    room = CUDA_CHUNK_BYTES if device == "cuda" else CHUNK_BYTES
-    return max(MIN_CHUNK, room // (logit * vocabulary))
 
 
 def _sums(dtype: torch.dtype) -> torch.dtype:

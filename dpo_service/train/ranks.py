@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dpo_service.specs.room import BUCKET_BYTES
+
 CPU = torch.device("cpu")
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """torch.distributed's backend by the type of device computed on."""
-BUCKET_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)

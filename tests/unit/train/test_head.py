@@ -87,8 +87,8 @@ class Logits(TorchDispatchMode):
 @pytest.mark.parametrize("kind", [nn.Linear, type("More", (nn.Linear,), {})])
 def test_logits_exist_a_chunk_at_a_time(monkeypatch, kind):
     """Of 50 tokens, forward and backward."""
-    monkeypatch.setattr("dpo_service.train.head.CHUNK_BYTES", 4 * (5 * 13 + 1))
-    monkeypatch.setattr("dpo_service.train.head.MIN_CHUNK", 2)
+    monkeypatch.setattr("dpo_service.specs.room.CHUNK_BYTES", 4 * (5 * 13 + 1))
+    monkeypatch.setattr("dpo_service.specs.room.MIN_CHUNK", 2)
     hidden_CH = torch.randn(50, 4, requires_grad=True)
     with Logits() as made:
         head_logps(Head(kind(4, 13)), hidden_CH, torch.arange(50) % 13)[0].sum().backward()
@@ -124,6 +124,40 @@ def test_what_is_kept_spares_products_and_changes_no_bit(monkeypatch, kind, room
     assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
 
 
+def test_in_bfloat16_a_logit_takes_six_bytes_and_none_is_kept(monkeypatch):
+    """Fifty tokens by five: ten chunks, and again each in the backward pass."""
+    monkeypatch.setattr("dpo_service.specs.room.CHUNK_BYTES", 6 * (5 * 13 + 1))
+    monkeypatch.setattr("dpo_service.specs.room.MIN_CHUNK", 2)
+    hidden_CH = torch.randn(50, 4, dtype=torch.bfloat16, requires_grad=True)
+    head = Head(nn.Linear(4, 13, dtype=torch.bfloat16))
+    with Products() as made:
+        head_logps(head, hidden_CH, torch.arange(50) % 13)[0].sum().backward()
+    assert made.count == 20
+
+
+class Places(TorchDispatchMode):
+    """Where products [rows, 13] lie, all of them held on to."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if func.overloadpacket is torch.ops.aten.mm and out.shape[1] == 13:
+            self.made.append(out)
+        return out
+
+
+def test_in_bfloat16_chunks_lie_where_the_one_before_lay():
+    """Three chunks forward, three backward."""
+    head, hidden_CH, target_C = make(False, 1.0, None, dtype=torch.bfloat16)
+    with Places() as places:
+        head_logps(head, hidden_CH, target_C, 4)[0].sum().backward()
+    assert len(places.made) == 6
+    assert len({out.data_ptr() for out in places.made}) == 2
+
+
 class Alive(TorchDispatchMode):
     """The most logits [rows, 13] of earlier chunks that were there when a product was made."""
 
@@ -139,17 +173,6 @@ class Alive(TorchDispatchMode):
             self.most = max(self.most, sum(earlier() is not None for earlier in self.made))
             self.made.append(weakref.ref(out))
         return out
-
-
-def test_in_bfloat16_a_logit_takes_six_bytes_and_none_is_kept(monkeypatch):
-    """Fifty tokens by five: ten chunks, and again each in the backward pass."""
-    monkeypatch.setattr("dpo_service.train.head.CHUNK_BYTES", 6 * (5 * 13 + 1))
-    monkeypatch.setattr("dpo_service.train.head.MIN_CHUNK", 2)
-    hidden_CH = torch.randn(50, 4, dtype=torch.bfloat16, requires_grad=True)
-    head = Head(nn.Linear(4, 13, dtype=torch.bfloat16))
-    with Products() as made:
-        head_logps(head, hidden_CH, torch.arange(50) % 13)[0].sum().backward()
-    assert made.count == 20
 
 
 @pytest.mark.parametrize(("grad", "earlier"), [(True, 2), (False, 0)])
