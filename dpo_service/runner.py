@@ -25,6 +25,7 @@ from types import FrameType
 from dpo_service.errors import CheckpointError, DpoServiceError, NotFound, StopAsked, UserError
 from dpo_service.manifests.checkpoint import RunResult
 from dpo_service.manifests.dataset import DatasetManifest
+from dpo_service.manifests.inspection import InspectionRequest
 from dpo_service.reports import Reporter
 from dpo_service.rows.balance import notes
 from dpo_service.specs.resources import ResourceSpec
@@ -106,6 +107,7 @@ def _stages(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
     model_dir = locate_model(store, run.model)
     digest = digest_of(model_dir)
     _require_same_base(store, run, digest)
+    _require_sound(run, model_dir, reporter)
     if run.reference.mode != "none":
         reporter.reference(0, digest)
     dataset = _prepare(store, spec, model_dir, digest, reporter)
@@ -203,6 +205,16 @@ def _require_same_base(store: Store, run: RunSpec, digest: str) -> None:
         )
         error.retryable = False
         raise error
+
+
+def _require_sound(run: RunSpec, model_dir: Path, reporter: Reporter) -> None:
+    """Raises InvalidSpec where the model cannot be trained as the job asks: known before a row is read."""
+    from dpo_service.inspection.inspect import inspect, require
+
+    report = inspect(InspectionRequest(directory=str(model_dir), lora=run.lora))
+    for note in report.notes:
+        reporter.message(note, level="warn")
+    require(report)
 
 
 def _failed(spec: AttemptSpec, code: str, message: str, retryable: bool, param: str | None = None) -> RunResult:

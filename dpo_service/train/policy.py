@@ -69,8 +69,22 @@ def load_model(
     return model
 
 
-def _require_known(path: Path) -> None:
-    """A model that brings its own code, or is no causal one, is refused by what is wrong, not by where it fails."""
+def empty_model(path: Path) -> Any:
+    """The model of `load_model` on the meta device: its modules, names and shapes, without weights.
+
+    Raises:
+        TrainingError: as `load_model`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _require_known(path)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+
+
+def _require_known(path: Path) -> Any:
+    """The model's configuration. A model that brings its own code, or is no causal one, is refused by what is wrong,
+    not by where it fails."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -83,6 +97,7 @@ def _require_known(path: Path) -> None:
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise TrainingError(f"{config.model_type!r} is no causal language model; use one that is")
+    return config
 
 
 def _four_bits(precision: str) -> Any:
