@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from dpo_service.specs.room import KEPT_LOGITS, chunk_tokens
+from dpo_service.train.half_head import Bounds, HalfHeadLogps
 from dpo_service.train.products import Linear, product
 
 
@@ -51,10 +52,13 @@ def head_logps(
     module, device = head.module, hidden_CH.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_CH.dtype
     if chunk is None:
-        logit_bytes = _sums(dtype).itemsize + (0 if dtype == _sums(dtype) else dtype.itemsize)
-        chunk = chunk_tokens(_vocabulary(module), logit_bytes, cuda=device == "cuda")
+        chunk = chunk_tokens(_vocabulary(module), _logit_bytes(dtype, device), cuda=device == "cuda")
     if type(module) not in (nn.Linear, Linear) or module._forward_pre_hooks or module._forward_hooks:
         return _by_checkpoint(head, hidden_CH, target_C, chunk, squares)
+    if device == "cuda" and dtype != _sums(dtype):
+        bounds = Bounds(head.scale, head.softcap)
+        halves: tuple[Any, ...] = (hidden_CH, module.weight, module.bias, target_C, chunk, dtype, bounds, squares)
+        return TokenLogps(*HalfHeadLogps.apply(*halves))  # type: ignore[no-untyped-call]
     kept = KEPT_LOGITS if torch.is_grad_enabled() and head.softcap is None and dtype == _sums(dtype) else 0
     options = _Options(chunk, dtype, head.scale, head.softcap, squares, kept)
     return TokenLogps(*_HeadLogps.apply(hidden_CH, module.weight, module.bias, target_C, options))  # type: ignore[no-untyped-call]
@@ -81,6 +85,14 @@ def _by_checkpoint(head: Head, hidden_CH: Tensor, target_C: Tensor, chunk: int, 
         torch.cat([part.first_C for part in parts]),
         torch.cat([part.square_C for part in parts if part.square_C is not None]) if squares else None,
     )
+
+
+def _logit_bytes(dtype: torch.dtype, device: str) -> int:
+    """In all the types it exists in at one time."""
+    sums = _sums(dtype).itemsize
+    if dtype.itemsize == sums:
+        return sums
+    return dtype.itemsize if device == "cuda" else sums + dtype.itemsize
 
 
 def _vocabulary(module: nn.Module) -> int:

@@ -125,14 +125,26 @@ def add_adapter(model: Any, spec: LoraSpec, seed: int) -> Any:
         target_modules=list(spec.target_modules) if spec.target_modules else "all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config).eval()
+    return get_peft_model(model, _with_own_layers(config, spec.quantize)).eval()
 
 
 def load_adapter(model: Any, adapter: Path) -> Any:
     """`model` under the adapter saved in `adapter`, to be trained on."""
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
-    return PeftModel.from_pretrained(model, str(adapter), is_trainable=True).eval()
+    quantize = "nf4" if getattr(model, "is_loaded_in_4bit", False) else "none"
+    config = _with_own_layers(LoraConfig.from_pretrained(str(adapter)), quantize)
+    config.inference_mode = False
+    return PeftModel.from_pretrained(model, str(adapter), is_trainable=True, config=config).eval()
+
+
+def _with_own_layers(config: Any, quantize: str) -> Any:
+    """peft is to build our layers over linear ones; those of 4 bits are bitsandbytes'."""
+    if quantize == "none":
+        from dpo_service.train.lora_linear import LoraLinear
+
+        config._register_custom_module({nn.Linear: LoraLinear})
+    return config
 
 
 def base_of(policy: Any) -> Any:
