@@ -118,8 +118,18 @@ bench-online: install-dev ## Online DPO against offline DPO on as many pairs: do
 	$(BIN)/python -m benchmarks.online_gain
 	$(BIN)/python -m benchmarks.report
 
-bench-gpu: install-dev ## Speed and utilisation on a CUDA device, by attention backend and beside TRL
-	$(BIN)/python -m benchmarks.gpu_step
+bench-gpu: install-dev ## Checks and speed of one CUDA device, beside TRL: ten minutes
+	PYTHON=$(BIN)/python benchmarks/gpu.sh
+
+# For a machine with a GPU, torch, transformers and peft, and no network: pip install --no-index --no-deps .whl/*.whl
+GPU_PYTHON ?= 3.12
+.PHONY: gpu-wheels
+gpu-wheels: | $(BIN)/python ## Fetch into .whl what benchmarks/gpu.sh needs beside torch, transformers and peft
+	rm -rf .whl && mkdir .whl
+	grep -E '^(pydantic|pydantic[-_]core|annotated[-_]types|typing[-_]inspection|trl|datasets|dill|multiprocess)==' $(LOCKS)/cpu.txt $(LOCKS)/dev.txt -h > .whl/list.txt
+	echo 'liger-kernel>=0.8,<0.9' >> .whl/list.txt
+	$(PIP) download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --implementation cp \
+	  $(foreach tag,manylinux_2_28 manylinux_2_17 manylinux2014 manylinux1,--platform $(tag)_x86_64) -d .whl -r .whl/list.txt
 
 .PHONY: lock clean clean-venv clean-data
 lock: install-dev ## Resolve the lists in deploy/requirements anew

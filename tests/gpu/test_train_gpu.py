@@ -7,11 +7,14 @@ import socket
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from dpo_service.checkpoint.format import digest_of
 from dpo_service.checkpoint.load import newest_valid
+from dpo_service.specs.adapter import LoraSpec
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.train.feed import Feed
+from dpo_service.train.head import Head, head_logps
 from dpo_service.train.ranks import BACKENDS, Ranks
 from dpo_service.train.start import build_state
 from dpo_service.train.step import train_step
@@ -32,6 +35,36 @@ def test_gpu_run_follows_the_cpu_run(tmp_path, precision, tolerance):
     outcome = job.train(ranks=Ranks(device=torch.device("cuda")), reports=gpu)
     assert outcome.steps == 6
     assert gpu.losses() == pytest.approx(cpu.losses(), rel=tolerance)
+
+
+@pytest.mark.parametrize("options", [{"lora": LoraSpec(rank=4)}, {"compile": True}, {"activation_checkpointing": True}])
+def test_what_a_job_may_ask_for_follows_the_cpu_run_too(tmp_path, options):
+    model_dir = build_model(tmp_path / "model")
+    cpu, gpu = Recorder(), Recorder()
+    asked = {"reference": "live", "precision": "bfloat16"}
+    make_job(tmp_path / "cpu", model_dir, **asked, **(options | {"compile": False})).train(reports=cpu)
+    make_job(tmp_path / "gpu", model_dir, **asked, **options).train(
+        ranks=Ranks(device=torch.device("cuda")), reports=gpu
+    )
+    assert gpu.losses() == pytest.approx(cpu.losses(), rel=5e-2)
+
+
+def test_the_head_for_gpus_gives_the_plain_heads_log_probabilities_and_gradients():
+    """Compiled, in bfloat16, over two chunks of different lengths; the logits of a vocabulary that no block divides."""
+    torch.manual_seed(0)
+    module = nn.Linear(256, 5003, bias=True, device="cuda")
+    hidden = torch.randn(700, 256, device="cuda", requires_grad=True)
+    target, weights_C = torch.randint(5003, (700,), device="cuda"), torch.randn(700, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        found = head_logps(Head(module), hidden, target, 512, squares=True)
+    logps = module(hidden).log_softmax(-1)
+    expected = logps.gather(1, target[:, None]).squeeze(1)
+    leaves = [hidden, *module.parameters()]
+    assert (found.logps_C - expected).norm() <= 1e-2 * expected.norm()
+    assert (found.square_C - (2 * logps).logsumexp(-1)).norm() <= 1e-2 * found.square_C.norm()
+    own = torch.autograd.grad((found.logps_C * weights_C).sum(), leaves)
+    for mine, theirs in zip(own, torch.autograd.grad((expected * weights_C).sum(), leaves), strict=True):
+        assert (mine - theirs).norm() <= 2e-2 * theirs.norm()
 
 
 def on_the_gpu(rank, port, job, ranks):

@@ -24,6 +24,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from dpo_service.train.attention.layout import Layout
 
 BLOCK = 128
+SMALLEST_HEAD = 16
+"""FlexAttention's kernel for CUDA refuses smaller ones."""
 PROMPT, CHOSEN, REJECTED = range(3)
 
 

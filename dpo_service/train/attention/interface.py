@@ -2,7 +2,7 @@
 
     on CUDA, half precision   varlen    torch's variable-length kernel: one call, keys gathered
     on CUDA, else             flex      FlexAttention: one call under a block mask (float32, capped scores)
-    elsewhere                 sdpa      two calls of SDPA a pair
+    elsewhere, tiny heads     sdpa      two calls of SDPA a pair
 
 It reaches the layers of a transformers model through transformers' own registry of attention functions, and the layout
 through the arguments of the forward pass; so nothing is remembered between calls, and two models may run by turns.
@@ -82,7 +82,9 @@ def chosen(query_1HTD: Tensor, value_1KTD: Tensor, layout: Layout, softcap: floa
         return layout.backend
     if not query_1HTD.is_cuda or query_1HTD.shape[-1] != value_1KTD.shape[-1]:
         return "sdpa"
-    return "varlen" if softcap is None and varlen.available(query_1HTD) else "flex"
+    if softcap is None and varlen.available(query_1HTD):
+        return "varlen"
+    return "flex" if query_1HTD.shape[-1] >= flex.SMALLEST_HEAD else "sdpa"
 
 
 def _computed_in(states: Tensor) -> torch.dtype:

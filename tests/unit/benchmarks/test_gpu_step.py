@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 
 import pytest
@@ -19,18 +20,25 @@ def run(monkeypatch, *arguments):
 
 
 def test_tiny_prints_one_table_and_writes_one_file(monkeypatch, tmp_path, capsys):
-    run(monkeypatch, "--tiny", "--json", str(tmp_path / "found.json"))
+    run(monkeypatch, "--tiny", "--steps", "2", "--json", str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())
-    assert {(entry["length"], entry["way"]) for entry in found["entries"]} == {
-        (length, way) for length in (32, 64) for way in ("sdpa", "TRL")
+    for part in found["parts"]:
+        assert "failed" not in part
+        assert part["milliseconds"] > 0
+    assert {part["part"] for part in found["parts"]} == {"attention", "head", "adapter", "adamw"}
+    not_compiled = {
+        "tiny": {name for name, way in gpu_step.WHOLE_WAYS.items() if not way.compiled},
+        "tiny-lora": {name for name, way in gpu_step.LORA_WAYS.items() if not way.compiled},
     }
+    for model, ways in not_compiled.items():
+        assert {entry["way"] for entry in found["entries"] if entry["model"] == model} == ways | {"TRL"}
     for entry in found["entries"]:
         assert "failed" not in entry
         assert len(entry["seconds"]) == 2
-        assert entry["pairs"] == 2 * gpu_step.Case("tiny", entry["length"], 2, "cpu").pairs
+        assert entry["pairs"] == 2 * gpu_step.Case(entry["model"], 32, 2, "cpu").pairs
         assert 0 < entry["utilisation"] < 1
         assert entry["tokens_per_second"] > entry["pairs_per_second"] > 0
-    assert "tiny     64     TRL" in capsys.readouterr().out
+    assert "tiny-lora     32 our adapter layers" in capsys.readouterr().out
 
 
 def test_without_a_device_it_says_why_it_does_nothing(monkeypatch, tmp_path, capsys):
@@ -39,9 +47,18 @@ def test_without_a_device_it_says_why_it_does_nothing(monkeypatch, tmp_path, cap
     assert not (tmp_path / "found.json").exists()
 
 
-def test_a_way_that_fails_leaves_the_others_their_turn(monkeypatch):
-    monkeypatch.setattr(gpu_step.importlib.util, "find_spec", lambda _: None)
+def cases():
+    """One that no CPU computes, and one that it does."""
     case = gpu_step.Case("tiny", 32, 1, "cpu")
-    varlen, sdpa = gpu_step.measurements([case], ["varlen", "sdpa"])
+    yield case, "varlen", gpu_step.Way(backend="varlen")
+    yield case, "plain", gpu_step.Way()
+
+
+def test_a_way_that_fails_leaves_the_others_their_turn():
+    varlen, plain = gpu_step.measurements(cases(), math.inf)
     assert "failed" in varlen
-    assert sdpa["pairs_per_second"] > 0
+    assert plain["pairs_per_second"] > 0
+
+
+def test_when_the_time_is_up_no_case_is_begun():
+    assert {entry["failed"] for entry in gpu_step.measurements(cases(), 0.0)} == {"not begun: the time is up"}
