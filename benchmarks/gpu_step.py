@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -129,23 +129,22 @@ class Case:
 
 def plan(models: list[str], steps: int, device: str) -> Iterator[tuple[Case, str, Way | None]]:
     """The cases with a name for each, the most wanted first; no way = TRL's."""
-    if "8B" in models:
-        case = Case("8B", 4096, steps, device)
-        yield from ((case, name, LORA_WAYS[name]) for name in reversed(LORA_WAYS))
+    ways = {"8B": LORA_WAYS, "1.5B": WHOLE_WAYS}
+    middle = [(Case(model, 4096, steps, device), ways[model]) for model in models if model in ways]
+    for case, all_ways in middle:
+        yield case, "compiled", all_ways["compiled"]
         yield case, "TRL", None
+    for case, all_ways in middle:
+        yield from ((case, name, way) for name, way in reversed(all_ways.items()) if name != "compiled")
+    if "8B" in models:
+        case, best = Case("8B", 4096, steps, device), LORA_WAYS["compiled"]
+        yield case, "compiled, varlen", replace(best, backend="varlen")
+        yield replace(case, length=1024), "compiled", best
+        yield replace(case, length=1024), "TRL", None
     if "1.5B" in models:
         case = Case("1.5B", 4096, steps, device)
-        yield from ((case, name, WHOLE_WAYS[name]) for name in reversed(WHOLE_WAYS))
-        yield case, "TRL", None
-    for model, best in (("8B", LORA_WAYS["compiled"]), ("1.5B", WHOLE_WAYS["compiled"])):
-        if model in models:
-            yield Case(model, 1024, steps, device), "compiled", best
-    if "1.5B" in models:
-        yield from ((Case("1.5B", length, steps, device), "compiled, recomputed", LONG) for length in (16_384, 32_768))
-    if "8B" in models:
-        best = LORA_WAYS["compiled"]
-        yield Case("8B", 4096, steps, device), "compiled, FlexAttention", Way("bfloat16", compiled=True, backend="flex")
-        yield Case("8B", 1024, steps, device), "TRL", None
+        yield replace(case, length=1024), "compiled", WHOLE_WAYS["compiled"]
+        yield from ((replace(case, length=n), "compiled, recomputed", LONG) for n in (16_384, 32_768))
     for model, ways in (("tiny", WHOLE_WAYS), ("tiny-lora", LORA_WAYS)):
         if model in models:
             case = Case(model, 32, steps, device)
@@ -297,20 +296,19 @@ def _loss(model: Any, batch: MicroBatch) -> torch.Tensor:
     return row_losses(inputs, LossSpec(name="sigmoid")).mean()
 
 
-def _work(case: Case, cost: Cost) -> dict[str, float]:
-    """What the timed steps did, in all."""
+def _work(case: Case, cost: Cost) -> dict[str, list[float]]:
+    """What each timed step did."""
     batches = [collate(make_pairs(case, number)) for number in range(UNCOUNTED, case.steps + UNCOUNTED)]
     return {
-        "pairs": sum(batch.rows for batch in batches),
-        "tokens": sum(batch.tokens for batch in batches),
-        "operations": sum(cost.of_pairs(batch.segments) for batch in batches),
+        "pairs": [batch.rows for batch in batches],
+        "tokens": [batch.tokens for batch in batches],
+        "operations": [cost.of_pairs(batch.segments) for batch in batches],
     }
 
 
 def measure_trl(case: Case) -> dict[str, Any]:
     """In as few micro-batches as fit the device, recomputing nothing where that fits."""
-    tries = [(parts, recompute) for parts in range(1, case.pairs + 1) for recompute in (False, True)]
-    for parts, recompute in tries:
+    for parts, recompute in [(parts, recompute) for parts in range(1, case.pairs + 1) for recompute in (False, True)]:
         if case.pairs % parts == 0:
             try:
                 return {"micro_batches": parts, "recompute": recompute, **_train_trl(case, parts, recompute)}
@@ -426,16 +424,18 @@ def measurements(
 
 
 def _rates(entry: dict[str, Any]) -> dict[str, float]:
-    """By the median step; their work differs little."""
+    """Medians over the steps of what each did in its time."""
     if "failed" in entry:
         return {}
-    seconds = statistics.median(entry["seconds"]) * len(entry["seconds"])
-    rate = matrix_rate(torch.device(entry["device"]), BFLOAT16)
+    rates = {
+        name: statistics.median(work / seconds for work, seconds in zip(entry[name], entry["seconds"], strict=True))
+        for name in ("pairs", "tokens", "operations")
+    }
     return {
-        "pairs_per_second": entry["pairs"] / seconds,
-        "tokens_per_second": entry["tokens"] / seconds,
-        "tflops": entry["operations"] / seconds / 1e12,
-        "utilisation": entry["operations"] / seconds / rate,
+        "pairs_per_second": rates["pairs"],
+        "tokens_per_second": rates["tokens"],
+        "tflops": rates["operations"] / 1e12,
+        "utilisation": rates["operations"] / matrix_rate(torch.device(entry["device"]), BFLOAT16),
     }
 
 

@@ -3,6 +3,8 @@
     forward     chunk of hidden states @ W^T ─> logits (2 bytes) ─> one kernel: log of the sum, the target's, the top
     backward    the same product again ─> logits ─> one kernel, in place: their gradient ─> products with W and hidden
 
+Under a frozen head the gradient's product with W is made in the forward pass, and the second line falls away.
+
 The elementwise work reads a logit twice forward and once backward and writes its gradient: 8 bytes a logit beside the
 products' own 6, where `head.py`'s, which is for CPUs, moves 72. `statistics` and `slopes` are compiled on a GPU; sums
 are float32.
@@ -45,12 +47,21 @@ class HalfHeadLogps(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
         parts = []
+        # Each token's gradient is linear in that of its log-probability, so a frozen head's product with it is made
+        # here, for a gradient of one, and the logits need not be made again.
+        slope_CH = torch.empty_like(hidden_CH) if ctx.needs_input_grad[:3] == (True, False, False) else None
+        ones_C = torch.ones(len(target_C), device=hidden_CH.device) if slope_CH is not None else None
         logits_KV = hidden_CH.new_empty(min(chunk, len(target_C)), len(weight), dtype=dtype)
         for rows in _chunks(len(target_C), chunk):
             _logits(hidden_CH[rows].to(dtype), weight, bias, out := logits_KV[: len(target_C[rows])])
             parts.append(_run(statistics, out, target_C[rows], bounds, squares))
+            if slope_CH is not None and ones_C is not None:
+                _run(slopes, out, target_C[rows], parts[-1][1], ones_C[rows], bounds)
+                slope_CH[rows] = out @ weight
         picked_C, total_C, first_C, square_C = (torch.cat(part) for part in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden_CH, weight_VH, bias_V, target_C, total_C)
+        ctx.save_for_backward(
+            *((slope_CH,) if slope_CH is not None else (hidden_CH, weight_VH, bias_V, target_C, total_C))
+        )
         ctx.options = (chunk, dtype, bounds)
         ctx.mark_non_differentiable(first_C, square_C)
         return picked_C - total_C, first_C, square_C if squares else None
@@ -58,6 +69,9 @@ class HalfHeadLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_C: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if len(ctx.saved_tensors) == 1:
+            (slope_CH,) = ctx.saved_tensors
+            return (slope_CH * grad_C[:, None]).to(slope_CH.dtype), *[None] * 7
         hidden_CH, weight_VH, bias_V, target_C, total_C = ctx.saved_tensors
         chunk, dtype, bounds = ctx.options
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]

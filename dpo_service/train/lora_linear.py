@@ -66,7 +66,8 @@ def lora_linear(
 def _(
     x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return x_TI.new_empty(len(x_TI), len(weight_OI)), x_TI.new_empty(len(x_TI), len(a_RI))
+    # Not len(): it would make a compiler's symbol a number, and every length of a row a graph of its own.
+    return x_TI.new_empty(x_TI.shape[0], weight_OI.shape[0]), x_TI.new_empty(x_TI.shape[0], a_RI.shape[0])
 
 
 @torch.library.custom_op("dpo_service::lora_linear_input_grad", mutates_args=())
@@ -76,7 +77,7 @@ def _input_grad(grad_TO: Tensor, weight_OI: Tensor, grad_hidden_TR: Tensor, a_RI
 
 @_input_grad.register_fake
 def _(grad_TO: Tensor, weight_OI: Tensor, grad_hidden_TR: Tensor, a_RI: Tensor) -> Tensor:
-    return grad_TO.new_empty(len(grad_TO), weight_OI.shape[1])
+    return grad_TO.new_empty(grad_TO.shape[0], weight_OI.shape[1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -35,7 +35,7 @@ def test_tiny_prints_one_table_and_writes_one_file(monkeypatch, tmp_path, capsys
     for entry in found["entries"]:
         assert "failed" not in entry
         assert len(entry["seconds"]) == 2
-        assert entry["pairs"] == 2 * gpu_step.Case(entry["model"], 32, 2, "cpu").pairs
+        assert entry["pairs"] == 2 * [gpu_step.Case(entry["model"], 32, 2, "cpu").pairs]
         assert 0 < entry["utilisation"] < 1
         assert entry["tokens_per_second"] > entry["pairs_per_second"] > 0
     assert "tiny-lora     32 our adapter layers" in capsys.readouterr().out

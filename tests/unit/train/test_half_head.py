@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dpo_service.train import half_head
 from dpo_service.train.half_head import Bounds, HalfHeadLogps
 
 C, H, V = 11, 16, 37
@@ -57,12 +58,14 @@ def test_bfloat16_is_near_and_its_gradients_have_their_weights_types():
     assert (singles[1].grad - torch.autograd.grad(expected.sum(), weight)[0]).norm() <= 0.05 * singles[1].grad.norm()
 
 
-def test_only_what_needs_a_gradient_gets_one():
-    hidden, weight, _ = leaves(False)
-    hidden, weight = hidden.detach().float().requires_grad_(), weight.detach().float()
-    out = HalfHeadLogps.apply(
-        hidden, weight, None, torch.randint(0, V, (C,)), 4, torch.float32, Bounds(1.0, None), False
-    )
-    out[0].sum().backward()
-    assert hidden.grad is not None
-    assert weight.grad is None
+@pytest.mark.parametrize("bounds", [Bounds(1.0, None), Bounds(0.5, 3.0)])
+def test_under_a_frozen_head_the_gradient_is_ready_before_the_backward_pass(bounds, monkeypatch):
+    target, (hidden, weight, bias) = torch.randint(0, V, (C,)), leaves(True)
+    weights_C = torch.randn(C, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((plain(hidden, weight, bias, target, bounds)[0] * weights_C).sum(), hidden)
+    own = hidden.detach().float().requires_grad_()
+    frozen = weight.detach().float(), bias.detach().float()
+    found, *_ = HalfHeadLogps.apply(own, *frozen, target, 4, torch.float32, bounds, False)
+    monkeypatch.setattr(half_head, "_logits", None)  # none are made again
+    (found * weights_C.float()).sum().backward()
+    assert (own.grad - expected).norm() <= 1e-5 * expected.norm()
