@@ -19,11 +19,14 @@ the same device. TRL's is counted with the operations of our row, so that the tw
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import importlib.util
 import json
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -132,13 +135,11 @@ def plan(models: list[str], steps: int, device: str) -> Iterator[tuple[Case, str
     ways = {"8B": LORA_WAYS, "1.5B": WHOLE_WAYS}
     middle = [(Case(model, 4096, steps, device), ways[model]) for model in models if model in ways]
     for case, all_ways in middle:
-        yield case, "compiled", all_ways["compiled"]
-        yield case, "TRL", None
-    for case, all_ways in middle:
-        yield from ((case, name, way) for name, way in reversed(all_ways.items()) if name != "compiled")
+        yield from ((case, name, way) for name, way in reversed(all_ways.items()))
+    yield from ((case, "TRL", None) for case, _ in reversed(middle))
     if "8B" in models:
         case, best = Case("8B", 4096, steps, device), LORA_WAYS["compiled"]
-        yield case, "compiled, varlen", replace(best, backend="varlen")
+        yield case, "compiled, FlexAttention", replace(best, backend="flex")
         yield replace(case, length=1024), "compiled", best
         yield replace(case, length=1024), "TRL", None
     if "1.5B" in models:
@@ -306,10 +307,26 @@ def _work(case: Case, cost: Cost) -> dict[str, list[float]]:
     }
 
 
-def measure_trl(case: Case) -> dict[str, Any]:
+def measure_trl(case: Case, seconds: float) -> dict[str, Any]:
+    """In a process of its own, which is ended after `seconds`: it may try several settings before one fits."""
+    command = [sys.executable, "-X", "faulthandler", "-m", "benchmarks.gpu_step", "--trl", json.dumps(asdict(case))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        said = (error.stderr or b"").decode()[-600:]
+        raise TimeoutError(f"ended after {seconds:.0f} s; its last words: {' '.join(said.split())}") from None
+    if done.returncode:
+        raise RuntimeError(" ".join(done.stderr[-600:].split()))
+    entry: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return entry
+
+
+def trl_that_fits(case: Case) -> dict[str, Any]:
     """In as few micro-batches as fit the device, recomputing nothing where that fits."""
+    faulthandler.dump_traceback_later(40, repeat=True)
     for parts, recompute in [(parts, recompute) for parts in range(1, case.pairs + 1) for recompute in (False, True)]:
         if case.pairs % parts == 0:
+            print(f"{parts} micro-batches, recompute={recompute}", file=sys.stderr, flush=True)
             try:
                 return {"micro_batches": parts, "recompute": recompute, **_train_trl(case, parts, recompute)}
             except torch.OutOfMemoryError:
@@ -404,7 +421,7 @@ def has_trl() -> bool:
 
 
 def measurements(
-    cases: Iterator[tuple[Case, str, Way | None]], ends: float, profiles: Path | None = None
+    cases: Iterator[tuple[Case, str, Way | None]], ends: float, profiles: Path | None = None, trl_seconds: float = 120
 ) -> Iterator[dict[str, Any]]:
     """An entry a case; one that cannot be computed has the reason. `profiles` gets those of the compiled steps."""
     for case, name, way in cases:
@@ -416,7 +433,11 @@ def measurements(
             continue
         started = time.monotonic()
         try:
-            entry |= measure_trl(case) if way is None else measure_ours(case, way, profiles if way.compiled else None)
+            entry |= (
+                measure_trl(case, trl_seconds)
+                if way is None
+                else measure_ours(case, way, profiles if way.compiled else None)
+            )
         except Exception as error:  # whatever it is, the other cases are to have their turn
             entry["failed"] = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
         release(case.device)
@@ -456,6 +477,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=420, help="seconds after which no case is begun")
     parser.add_argument("--no-parts", action="store_true", help="whole steps only")
     parser.add_argument("--profiles", type=Path, help="folder for profiles of the compiled steps, by kernel")
+    parser.add_argument("--trl-limit", type=float, default=120, help="seconds for a case of TRL's")
+    parser.add_argument("--trl", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help="tiny models, on any device")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("gpu_results.json"))
     return parser.parse_args()
@@ -463,6 +486,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
+    if options.trl is not None:
+        print("\n" + json.dumps(trl_that_fits(Case(**options.trl))))
+        return
     ends = time.monotonic() + options.limit
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.tiny:
@@ -485,7 +511,7 @@ def main() -> None:
         f"{'peak GB':>7} {'wall s':>6}"
     )
     models = ["tiny", "tiny-lora"] if options.tiny else options.models
-    for entry in measurements(plan(models, options.steps, device), ends, options.profiles):
+    for entry in measurements(plan(models, options.steps, device), ends, options.profiles, options.trl_limit):
         print(line(entry), flush=True)
         report["entries"].append(entry)
         options.json.write_text(json.dumps(report, indent=2) + "\n")

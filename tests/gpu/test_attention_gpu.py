@@ -64,8 +64,7 @@ def test_the_backend_is_chosen_by_what_the_states_are():
     half, whole = (random_row(0, size=64, device="cuda", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     odd, tiny = (random_row(0, size=size, device="cuda", dtype=torch.bfloat16) for size in (20, 12))
     chosen = [interface.chosen(row.states[0], row.states[2], row.layout, None) for row in (half, whole, odd, tiny)]
-    hopper = torch.cuda.get_device_capability() >= (9, 0)
-    assert chosen == ["flex" if hopper else "varlen", "flex", "flex", "sdpa"]
+    assert chosen == ["varlen", "flex", "flex", "sdpa"]
     assert interface.chosen(half.states[0], half.states[2], half.layout, 50.0) == "flex"
 
 

@@ -29,13 +29,6 @@ SMALLEST_HEAD = 16
 PROMPT, CHOSEN, REJECTED = range(3)
 
 
-def faster(query_1HTD: Tensor) -> bool:
-    """Than the variable-length kernel, whose FlashAttention 2 is of the generation before Hopper: measured on an H200
-    with heads of 128 (docs/performance.md)."""
-    size = query_1HTD.shape[-1]
-    return SMALLEST_HEAD <= size <= 128 and torch.cuda.get_device_capability(query_1HTD.device) >= (9, 0)
-
-
 class Tokens(NamedTuple):
     """What each token of the row is."""
 

@@ -1,7 +1,7 @@
 """The one attention function that computes packed rows, and which way it takes.
 
-    on CUDA before Hopper     varlen    torch's variable-length kernel: one call, keys gathered; half precision
-    on CUDA, else             flex      FlexAttention: one call under a block mask (float32 and capped scores too)
+    on CUDA, half precision   varlen    torch's variable-length kernel: one call, keys gathered
+    on CUDA, else             flex      FlexAttention: one call under a block mask (float32, capped scores)
     elsewhere, tiny heads     sdpa      two calls of SDPA a pair
 
 It reaches the layers of a transformers model through transformers' own registry of attention functions, and the layout
@@ -82,7 +82,7 @@ def chosen(query_1HTD: Tensor, value_1KTD: Tensor, layout: Layout, softcap: floa
         return layout.backend
     if not query_1HTD.is_cuda or query_1HTD.shape[-1] != value_1KTD.shape[-1]:
         return "sdpa"
-    if softcap is None and varlen.available(query_1HTD) and not flex.faster(query_1HTD):
+    if softcap is None and varlen.available(query_1HTD):
         return "varlen"
     return "flex" if query_1HTD.shape[-1] >= flex.SMALLEST_HEAD else "sdpa"
 
