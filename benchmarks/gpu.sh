@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PYTHONPATH=".${PYTHONPATH:+:$PYTHO
 # Most of a test's time is the compiler's, which has the machine's cores to itself.
 "$python" -c 'import xdist' 2>/dev/null && processes="-n 8"
 timeout "${TESTS_LIMIT:-150}" "$python" -m pytest --noconftest -o addopts= -q --tb=short --durations=5 -p no:cacheprovider \
-    ${processes:-} tests/gpu/test_attention_gpu.py tests/gpu/test_train_gpu.py 2>&1 | tee "$results/gpu_tests.log" | tail -n 60
+    ${processes:-} ${TESTS:-tests/gpu/test_attention_gpu.py tests/gpu/test_train_gpu.py} 2>&1 | tee "$results/gpu_tests.log" | tail -n 60
 tests=$?
 "$python" -m benchmarks.gpu_step --limit "${STEPS_LIMIT:-300}" --json "$results/gpu_results.json" ${STEPS_OPTIONS:-} \
     2> >(grep -v -i warn | tail -n 20 >&2)

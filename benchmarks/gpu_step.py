@@ -134,9 +134,10 @@ def plan(models: list[str], steps: int, device: str) -> Iterator[tuple[Case, str
     """The cases with a name for each, the most wanted first; no way = TRL's."""
     ways = {"8B": LORA_WAYS, "1.5B": WHOLE_WAYS}
     middle = [(Case(model, 4096, steps, device), ways[model]) for model in models if model in ways]
-    for case, all_ways in middle:
-        yield from ((case, name, way) for name, way in reversed(all_ways.items()))
+    yield from ((case, "compiled", all_ways["compiled"]) for case, all_ways in middle)
     yield from ((case, "TRL", None) for case, _ in reversed(middle))
+    for case, all_ways in middle:
+        yield from ((case, name, way) for name, way in reversed(all_ways.items()) if name != "compiled")
     if "8B" in models:
         case, best = Case("8B", 4096, steps, device), LORA_WAYS["compiled"]
         yield case, "compiled, FlexAttention", replace(best, backend="flex")
