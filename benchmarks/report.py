@@ -12,6 +12,8 @@ from typing import Any
 from benchmarks import results
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+GPU_RESULTS = Path(__file__).with_name("gpu_results.json")
+GPU_BEGIN, GPU_END = "<!-- gpu: begin -->\n", "<!-- gpu: end -->\n"
 BEGIN, END = "<!-- benchmarks: begin -->\n", "<!-- benchmarks: end -->\n"
 
 
@@ -78,8 +80,38 @@ def render(page: str, entries: dict[str, dict[str, Any]]) -> str:
     return f"{head}{BEGIN}{table(entries)}{END}{tail}"
 
 
+def gpu_table(found: dict[str, Any]) -> str:
+    """Steps, then parts, of one card."""
+    lines = ["| model | pairs of | way | pairs/s | tokens/s | TFLOP/s | of torch.mm | peak GB |"]
+    lines.append("|---|--:|---|" + "--:|" * 5)
+    for entry in found["entries"]:
+        start = f"| {entry['model']} | {entry['length']:,} | {entry['way']} |"
+        if "failed" in entry:
+            lines.append(f"{start} not measured: {entry['failed'].partition(';')[0]} |||||")
+            continue
+        figures = (
+            f"{entry['pairs_per_second']:.2f} | {entry['tokens_per_second']:,.0f} | {entry['tflops']:.0f} | "
+            f"{entry['utilisation']:.0%} | {entry['peak_gigabytes']:.0f} |"
+        )
+        lines.append(f"{start} {figures}")
+    lines += ["", "| part | way | ms | TFLOP/s |", "|---|---|--:|--:|"]
+    for part in found["parts"]:
+        rate = "" if part["part"] == "adamw" else f"{part['tflops']:.0f}"
+        lines.append(f"| {part['part']} | {part['way']} | {part['milliseconds']:.2f} | {rate} |")
+    device = f"{found['device']}, torch.mm in bfloat16 {found['matrix_rate'] / 1e12:.0f} TFLOP/s"
+    return "\n".join([*lines, "", f"Measured on one {device} ({_versions(found)}).\n"])
+
+
+def render_gpu(page: str, found: dict[str, Any]) -> str:
+    """`page` with the table of a GPU's results between its marks."""
+    head, _, rest = page.partition(GPU_BEGIN)
+    _, _, tail = rest.partition(GPU_END)
+    return f"{head}{GPU_BEGIN}{gpu_table(found)}{GPU_END}{tail}"
+
+
 def main() -> None:
-    PAGE.write_text(render(PAGE.read_text(), json.loads(results.DEFAULT.read_text())))
+    page = render(PAGE.read_text(), json.loads(results.DEFAULT.read_text()))
+    PAGE.write_text(render_gpu(page, json.loads(GPU_RESULTS.read_text())))
     print(table(json.loads(results.DEFAULT.read_text())))
 
 

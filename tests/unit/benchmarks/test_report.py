@@ -3,13 +3,18 @@
 import json
 
 from benchmarks import results
-from benchmarks.report import PAGE, render, table
+from benchmarks.report import GPU_RESULTS, PAGE, render, render_gpu, table
 from benchmarks.workload import Setting, make_rows
 
 
 def test_the_page_holds_the_results_as_they_were_measured():
     page = PAGE.read_text()
     assert render(page, json.loads(results.DEFAULT.read_text())) == page, "run python -m benchmarks.report"
+
+
+def test_the_page_holds_the_gpu_results_as_they_were_measured():
+    page = PAGE.read_text()
+    assert render_gpu(page, json.loads(GPU_RESULTS.read_text())) == page, "run python -m benchmarks.report"
 
 
 def test_a_benchmark_is_one_row_with_its_figures():
