@@ -5,6 +5,7 @@
     │   ├── InvalidSpec                 400     invalid_spec         an option, or a combination of options
     │   ├── InvalidData                 400     invalid_data         a row of a file (carries `line`)
     │   ├── ModelNotFound               400     model_not_found      the name resolves to no model
+    │   ├── ModelRefused                400     model_refused        weight files are not what config.json needs
     │   ├── NotFound                    404     not_found            an id nobody knows
     │   ├── Conflict                    409     conflict             the object's state does not allow it
     │   ├── Unauthorized                401     invalid_api_key
@@ -68,9 +69,19 @@ class InvalidData(UserError):
         super().__init__(f"line {line}: {message}" if line is not None else message, param=param, code=code)
         self.line = line
 
+    def at(self, line: int) -> InvalidData:
+        """The same of that line, where it has none."""
+        return self if self.line is not None else InvalidData(self.message, line=line, param=self.param, code=self.code)
+
 
 class ModelNotFound(UserError):
     code = "model_not_found"
+
+
+class ModelRefused(UserError):
+    """Weights are missing, cut short or of another model, or are quantised in a way that cannot be trained."""
+
+    code = "model_refused"
 
 
 class NotFound(UserError):

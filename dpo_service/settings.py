@@ -27,6 +27,9 @@ class Settings(BaseSettings):
     """Directories, besides the data directory, from which a model may be named by path."""
     hub: bool = True
     """Whether models may be named by hub id (DPO_HUB=false, or HF_HUB_OFFLINE=1, turns it off)."""
+    inspect_models: bool = True
+    """Hold a model's files to transformers before a job on it is accepted, where transformers is installed. It takes
+    seconds the first time a model is named; without it the job itself finds what is wrong."""
     cluster: Literal["local", "ray_jobs", "fake"] = "local"
     ray_address: str | None = None
     """Address of an existing cluster's dashboard (`ray_jobs`), e.g. http://head:8265."""

@@ -43,6 +43,11 @@ def save_tokenizer(directory: Path, *, vocabulary: int = 400, chat_template: str
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 
+def save_no_weights(directory: Path) -> None:
+    """A whole file with no weight in it, for a model that is not looked into."""
+    (directory / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+
+
 def tiny_config(**sizes):
     """A Llama's for the tokenizer of `save_tokenizer`; `sizes` as in LlamaConfig."""
     from transformers import LlamaConfig

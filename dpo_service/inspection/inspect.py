@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from dpo_service.errors import DpoServiceError, InvalidSpec
+from dpo_service.inspection import weights
+from dpo_service.inspection.subject import Subject
 from dpo_service.manifests.inspection import Fault, Inspection, InspectionRequest
-
-
-@dataclass
-class Subject:
-    """The model under inspection, and what has been found so far."""
-
-    request: InspectionRequest
-    faults: list[Fault] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def directory(self) -> Path:
-        return Path(self.request.directory)
-
-    @cached_property
-    def shell(self) -> Any:
-        """The model on the meta device: every module and shape, no weights. Raises TrainingError as `load_model`."""
-        from dpo_service.train.policy import empty_model
-
-        return empty_model(self.directory)
-
 
 Part = Callable[[Subject], None]
 
-PARTS: tuple[Part, ...] = ()
+PARTS: tuple[Part, ...] = (weights.look,)
 """In this order. A part that raises a DpoServiceError ends the inspection with that fault."""
 
 

@@ -25,8 +25,10 @@ from dpo_service.db.session import Database
 from dpo_service.errors import ClusterError, InvalidData, InvalidSpec, NotFound, Unavailable
 from dpo_service.jobs import choices, sampled_checks, sampled_choices
 from dpo_service.manifests.dataset import DatasetReport
+from dpo_service.manifests.inspection import InspectionRequest
 from dpo_service.planning.workload import Lengths
 from dpo_service.registry import files
+from dpo_service.registry.inspection import inspect_model
 from dpo_service.registry.models import ModelFacts, keep, resolve, resolve_reward_model
 from dpo_service.registry.tables import File
 from dpo_service.rows.balance import notes
@@ -112,6 +114,7 @@ async def admit(
     model = await resolve(spec.model, database=database, store=store, settings=settings)
     named = await files_of(spec, database, clock)
     choices.max_length(spec, model.max_length)
+    notes = await asyncio.to_thread(inspected, spec, model) if settings.inspect_models else ()
     _require_capacity(spec, await _capacity(cluster))
     reward_model = None
     if isinstance(spec.judge, RewardModelJudgeSpec):
@@ -120,7 +123,23 @@ async def admit(
         consider, spec, model, named, lambda file: store.path(file.key), reward_model=reward_model
     )
     await keep(model.source, store)
-    return found.run, found.report
+    return found.run, found.report.model_copy(update={"warnings": (*notes, *found.report.warnings)})
+
+
+def inspected(spec: JobSpec, model: ModelFacts) -> tuple[str, ...]:
+    """What transformers notes of the model and of the job on it; takes seconds, so it belongs in a thread.
+
+    Raises:
+        InvalidSpec: the job cannot work on it.
+    """
+    request = InspectionRequest(directory=str(model.directory), weights_here=model.weight_bytes > 0, lora=spec.lora)
+    report = inspect_model(request)
+    if report is None:
+        return ()
+    if report.faults:
+        fault = report.faults[0]
+        raise InvalidSpec(f"model {spec.model!r} cannot be used: {fault.message}", param=fault.param)
+    return report.notes
 
 
 async def files_of(spec: JobSpec, database: Database, clock: Clock | None = None) -> Files:

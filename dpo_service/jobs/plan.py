@@ -14,7 +14,7 @@ import psutil
 from dpo_service.clock import Clock
 from dpo_service.db.session import Database
 from dpo_service.errors import InvalidSpec, ModelNotFound
-from dpo_service.jobs.admit import Files, Place, consider, files_of
+from dpo_service.jobs.admit import Files, Place, consider, files_of, inspected
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.planning.plan import Plan, device, device_of, make_plan
 from dpo_service.planning.shape import read_shape
@@ -54,7 +54,9 @@ async def plan_job(
     spec = on(spec, gpu, gpus)
     model = await resolve(spec.model, database=database, store=store, settings=settings)
     named = await files_of(spec, database, clock)
-    return await asyncio.to_thread(_planned, spec, gpu, model, named, lambda file: store.path(file.key))
+    return await asyncio.to_thread(
+        _planned, spec, gpu, model, named, lambda file: store.path(file.key), inspect=settings.inspect_models
+    )
 
 
 async def plan_here(spec: JobSpec, *, gpu: str | None, gpus: int | None) -> Planned:
@@ -79,12 +81,16 @@ def on(spec: JobSpec, gpu: str | None, gpus: int | None) -> JobSpec:
     return spec.model_copy(update={"resources": spec.resources.model_copy(update=asked)})
 
 
-def _planned(spec: JobSpec, gpu: str | None, model: ModelFacts, named: Files, place: Place) -> Planned:
+def _planned(
+    spec: JobSpec, gpu: str | None, model: ModelFacts, named: Files, place: Place, *, inspect: bool = True
+) -> Planned:
+    notes = inspected(spec, model) if inspect else ()
     shape = read_shape(model.directory, spec.model)
     found = consider(spec, model, named, place)
     kind = device(gpu or device_of(found.run))
     memory = psutil.virtual_memory().total
-    return Planned(found.run, found.report, make_plan(spec, found.run, shape, found.lengths, kind, memory))
+    plan = make_plan(spec, found.run, shape, found.lengths, kind, memory)
+    return Planned(found.run, found.report, plan.model_copy(update={"notes": (*notes, *plan.notes)}))
 
 
 async def _model_here(name: str) -> ModelFacts:

@@ -8,14 +8,13 @@ other the weight files' headers give the number, where they are at hand, and the
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from dpo_service.errors import ModelNotFound
+from dpo_service.errors import ModelNotFound, ModelRefused
+from dpo_service.storage.weights import stored_weights
 
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "mixtral",
@@ -186,12 +185,7 @@ def _vectors(shape: ModelShape, text: Mapping[str, Any]) -> int:
 
 def _stored_parameters(directory: Path) -> int | None:
     """Elements of all tensors in the weight files, from their headers; None where there are none to read."""
-    total = 0
-    for file in directory.glob("*.safetensors"):
-        try:
-            with file.open("rb") as stream:
-                header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-        except (OSError, ValueError, struct.error, MemoryError, OverflowError):
-            return None
-        total += sum(prod(entry["shape"]) for tensor, entry in header.items() if tensor != "__metadata__")
-    return total or None
+    try:
+        return sum(weight.numbers for weight in stored_weights(directory).values()) or None
+    except ModelRefused:
+        return None

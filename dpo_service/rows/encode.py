@@ -62,6 +62,13 @@ def encode(
 
 def tokenise(row: Row, tokenizer: Tokenizer) -> tuple[list[int], tuple[list[int], ...]]:
     """Token ids of the prompt and of each answer, at full length."""
+    try:
+        return _tokenise(row, tokenizer)
+    except InvalidData as error:
+        raise error.at(row.line) from None
+
+
+def _tokenise(row: Row, tokenizer: Tokenizer) -> tuple[list[int], tuple[list[int], ...]]:
     prompt, answers = row.prompt, row.answers
     if row.plain is not None and tokenizer.chat_template is None:
         prompt, answers = row.plain[0], row.plain[1:]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class Tokenizer:
         self.eos_token = special_tokens.get("eos_token")
         self.bos_token_id = backend.token_to_id(self.bos_token) if self.bos_token else None
         self.eos_token_id = backend.token_to_id(self.eos_token) if self.eos_token else None
+        self._beyond: frozenset[int] = frozenset()
+        """Ids that the model's embedding has no row for."""
         self.digest = _digest(backend.to_str(), json.dumps(self.special_tokens, sort_keys=True))
         """sha256 of the tokenizer: vocabulary, rules and special tokens."""
 
@@ -67,7 +69,9 @@ class Tokenizer:
                 config |= _read_json(model_dir / "special_tokens_map.json")
             backend = tokenizers.Tokenizer.from_file(str(path))
             _add_missing(backend, config)
-            return Tokenizer(backend, _special_tokens(config), _templates(model_dir, config))
+            tokenizer = Tokenizer(backend, _special_tokens(config), _templates(model_dir, config))
+            tokenizer._beyond = _beyond(backend, _read_json(model_dir / "config.json"))
+            return tokenizer
         except jinja2.TemplateSyntaxError as error:
             raise InvalidSpec(f"the model's chat template is not valid Jinja: {error}", param="model") from None
         except Exception as error:  # the tokenizers library raises bare Exception
@@ -99,7 +103,17 @@ class Tokenizer:
             add_special_tokens = False
         # The batch call leaves out the offsets, which costs a third of the time.
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        if self._beyond and not self._beyond.isdisjoint(ids):
+            raise self._not_embedded(next(number for number in ids if number in self._beyond))
         return ids
+
+    def _not_embedded(self, number: int) -> InvalidData:
+        return InvalidData(
+            f"token {self._backend.id_to_token(number)!r} has the id {number}, and the model's embedding has no row for "
+            f"it ({min(self._beyond)} is the first id without one); use the tokenizer that belongs to the model, or give the "
+            "model rows for it (resize_token_embeddings)",
+            param="model",
+        )
 
     def decode(self, ids: Sequence[int], *, special_tokens: bool = True) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=not special_tokens)
@@ -162,6 +176,17 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(extra, dict):
         own |= {name: _content(token) for name, token in extra.items()}
     return {name: token for name, token in (named | own).items() if token is not None}
+
+
+def _beyond(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> frozenset[int]:
+    """Some tokenizers name tokens of another model of their family (Gemma 3's of images): an id is refused where a row
+    has it, not for being there."""
+    rows = (config.get("text_config") or config).get("vocab_size")
+    if not isinstance(rows, int) or backend.get_vocab_size() < rows:
+        ids: Iterable[int] = backend.get_added_tokens_decoder()
+    else:
+        ids = backend.get_vocab().values()
+    return frozenset(number for number in ids if isinstance(rows, int) and number >= rows)
 
 
 def _add_missing(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dpo_service.errors import TrainingError
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.train.logprobs import split_head, use_packing
+from dpo_service.train.pretrained import read
 from dpo_service.train.products import use_fast_products
 
 COPIED = (
@@ -47,26 +48,34 @@ def load_model(
 
     Raises:
         TrainingError: transformers has no model of this kind of its own.
+        ModelRefused: as `pretrained.read`.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     _require_known(path)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = read(
+        AutoModelForCausalLM,
         path,
         dtype=WEIGHT_DTYPE[precision],
-        device_map={"": device},
+        device=device,
         quantization_config=_four_bits(precision) if quantize == "nf4" else None,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
     )
-    model = model.eval()
     use_fast_products(model)
     split_head(model)
     use_packing(model)
     return model
+
+
+def described_model(path: Path) -> Any:
+    """The model of `load_model` on the meta device. Its weight files' headers are read, and no weight.
+
+    Raises:
+        TrainingError, ModelRefused: as `load_model`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _require_known(path)
+    return read(AutoModelForCausalLM, path, dtype=torch.float32, device="meta")
 
 
 def empty_model(path: Path) -> Any:

@@ -23,10 +23,12 @@ from dpo_service.errors import (
     CheckpointError,
     DpoServiceError,
     JudgeError,
+    ModelRefused,
     NonFiniteLoss,
     SamplerLost,
     TooFewVerdicts,
     TrainingError,
+    UserError,
     WeightsRefused,
 )
 from dpo_service.ids import random_suffix
@@ -49,8 +51,11 @@ HEALTH_CHECK_S = "0.5"
 
 ERRORS: dict[str, type[DpoServiceError]] = {
     kind.__name__: kind
-    for kind in (NonFiniteLoss, CheckpointError, SamplerLost, WeightsRefused, TooFewVerdicts, JudgeError, TrainingError)
-}
+    for kind in (
+        NonFiniteLoss, CheckpointError, SamplerLost, WeightsRefused, TooFewVerdicts, JudgeError, TrainingError,
+        ModelRefused, UserError,
+    )
+}  # fmt: skip
 """What a worker may end with, by the name under which it leaves it for the driver."""
 
 
@@ -155,7 +160,7 @@ def work(loop_config: dict[str, Any]) -> None:
     ranks = _ranks()
     try:
         outcome = _train(config, store, ranks, loop_config["feed"])
-    except TrainingError as error:
+    except (TrainingError, UserError) as error:
         result = WorkerResult(error=name_of(error), message=error.message)
     else:
         result = WorkerResult(outcome=asdict(outcome))

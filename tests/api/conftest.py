@@ -59,7 +59,7 @@ class Api:
     """The parts, and two clients: `http` as anybody, `sdk` as the official library with strict validation."""
 
     def __init__(self, data_dir, **settings):
-        self.settings = Settings(data_dir=data_dir, hub=False, **settings)
+        self.settings = Settings(data_dir=data_dir, hub=False, **{"inspect_models": False} | settings)
         data_dir.mkdir(parents=True, exist_ok=True)
         self.store = Store(data_dir)
         self.database = Database(self.settings.sqlalchemy_url)

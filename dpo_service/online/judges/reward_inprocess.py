@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from dpo_service.errors import InvalidSpec, JudgeError
+from dpo_service.errors import InvalidSpec, JudgeError, ModelRefused
 from dpo_service.online.judges.reward_model import Ids
 from dpo_service.specs.judge import RewardModelJudgeSpec
+from dpo_service.train.pretrained import read
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -93,21 +94,21 @@ def padding_id(sequences: Sequence[Ids], own: int | None, vocabulary: int) -> in
 
 def _load(directory: Path, spec: RewardModelJudgeSpec) -> Any:
     from transformers import AutoConfig, AutoModelForSequenceClassification
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(directory, **local)
         _refuse_other_models(config, spec)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            directory, dtype=_DTYPES[spec.precision], use_safetensors=True, **local
-        )
+        model = read(AutoModelForSequenceClassification, directory, dtype=_DTYPES[spec.precision])
     except InvalidSpec:
         raise
+    except ModelRefused as error:
+        raise InvalidSpec(
+            f"reward model {spec.model!r} cannot be used: {error.message}", param="judge.model"
+        ) from error
     except (OSError, KeyError, ValueError) as error:
         raise InvalidSpec(f"{spec.model!r} cannot be loaded as a reward model: {error}", param="judge.model") from error
-    return model.eval()
+    return model
 
 
 def _refuse_other_models(config: Any, spec: RewardModelJudgeSpec) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from dpo_service.cli.app import run
 from dpo_service.cli.exits import ExitCode
-from tests.models import save_tokenizer
+from dpo_service.jobs import admit
+from tests.models import save_no_weights, save_tokenizer
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -16,11 +17,13 @@ CONFIG = {
 
 
 @pytest.fixture
-def model(tmp_path):
+def model(tmp_path, monkeypatch):
+    """An 8B one without its weights, which only the inspection would miss."""
+    monkeypatch.setattr(admit, "inspect_model", lambda request: None)
     directory = tmp_path / "model"
     save_tokenizer(directory)
     (directory / "config.json").write_text(json.dumps(CONFIG))
-    (directory / "model.safetensors").write_bytes(b"the weights are not read")
+    save_no_weights(directory)
     return str(directory)
 
 

@@ -14,7 +14,7 @@ from dpo_service.registry import files
 from dpo_service.registry.tables import File
 from dpo_service.specs.run import RunSpec
 from dpo_service.storage import paths
-from tests.models import CHAT_TEMPLATE, save_tokenizer
+from tests.models import CHAT_TEMPLATE, save_no_weights, save_tokenizer
 from tests.unit.jobs.world import World, job_spec
 
 PAIRS = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": f"Not {n}."} for n in range(12)]
@@ -35,7 +35,7 @@ def save_model(directory: Path, chat_template: str | None = CHAT_TEMPLATE) -> No
     save_tokenizer(directory, chat_template=chat_template)
     config = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 256, "vocab_size": 400}
     (directory / "config.json").write_text(json.dumps(config))
-    (directory / "model.safetensors").write_bytes(b"weights")
+    save_no_weights(directory)
 
 
 async def upload(world: World, rows: Sequence[dict], *, purpose: str = "fine-tune", kind: str | None = None) -> str:

@@ -90,7 +90,13 @@ class World:
         self.store = Store(root)
         self.cluster = FakeCluster()
         self.clock = FakeClock()
-        defaults = {"data_dir": root, "cluster": "fake", "lease_s": 30.0, "max_running_jobs": 100}
+        defaults = {
+            "data_dir": root,
+            "cluster": "fake",
+            "lease_s": 30.0,
+            "max_running_jobs": 100,
+            "inspect_models": False,
+        }
         self.settings = Settings.model_validate({**defaults, **settings})
         self.current = self.reconciler()
 

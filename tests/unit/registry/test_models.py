@@ -13,6 +13,7 @@ from dpo_service.registry.directories import NO_LENGTH, inspect
 from dpo_service.settings import Settings
 from dpo_service.storage.store import Store
 from tests.databases import make_tables
+from tests.models import save_no_weights
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -23,7 +24,7 @@ def save(directory, template=None, **config):
     (directory / "config.json").write_text(json.dumps(values | config))
     (directory / "tokenizer.json").write_text("{}")
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    (directory / "model.safetensors").write_bytes(b"12345")
+    save_no_weights(directory)
     return directory
 
 
@@ -87,7 +88,7 @@ async def test_directory_by_name_and_by_path(place, tmp_path):
     assert not (await place.resolve("org/mine")).has_chat_template
     facts = await place.resolve(str(tmp_path / "shared" / "base"))
     assert facts.source.path == str(tmp_path / "shared" / "base")
-    assert (facts.max_length, facts.vocab_size, facts.weight_bytes) == (512, 100, 5)
+    assert (facts.max_length, facts.vocab_size, facts.weight_bytes) == (512, 100, 10)
     assert facts.architecture == "LlamaForCausalLM"
 
 

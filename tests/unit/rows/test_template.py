@@ -5,6 +5,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from dpo_service.errors import InvalidData, InvalidSpec
+from dpo_service.rows.encode import tokenise
+from dpo_service.rows.row import Row
 from dpo_service.rows.template import Tokenizer
 from tests.models import CHAT_TEMPLATE, save_tokenizer
 
@@ -171,3 +173,18 @@ def test_tokens_per_byte_follows_the_normalizer(tmp_path):
         backend.normalizer = normalizer
         backend.save(str(directory / "tokenizer.json"))
         assert Tokenizer.load(directory).tokens_per_byte == bound
+
+
+def with_embedding(directory, rows):
+    (directory / "config.json").write_text(json.dumps({"vocab_size": rows}))
+    return Tokenizer.load(directory)
+
+
+def test_an_id_without_a_row_in_the_embedding_is_refused_where_a_row_has_it(tmp_path):
+    save_tokenizer(tmp_path)
+    ids = with_embedding(tmp_path, 400).encode("hello world")
+    smaller = with_embedding(tmp_path, max(ids))
+    with pytest.raises(InvalidData, match=rf"the id {max(ids)}, and the model's embedding has no row") as caught:
+        tokenise(Row(line=3, prompt="hello", answers=(" world",)), smaller)
+    assert (caught.value.line, caught.value.param) == (3, "model")
+    assert smaller.encode("h") == with_embedding(tmp_path, 400).encode("h"), "others are not concerned"
