@@ -18,6 +18,7 @@
     └── TrainingError                   500     training_failed      a stage failed (carries `retryable`)
         ├── NonFiniteLoss               500     non_finite_loss      never retried
         ├── CheckpointError             500     checkpoint_invalid   a digest does not match, a file is missing
+        ├── PublishedModelDiffers       500     published_differs    its files or its replica are not what was trained
         ├── SamplerLost                 500     sampler_lost         a sampler died; its prompts can be asked again
         ├── WeightsRefused              500     weights_refused      not what they say they are, or of another model
         └── JudgeError                  500     judge_failed         no verdicts can be had: a key, an address, a model
@@ -152,6 +153,11 @@ class NonFiniteLoss(TrainingError):
 
 class CheckpointError(TrainingError):
     code = "checkpoint_invalid"
+
+
+class PublishedModelDiffers(TrainingError):
+    code = "published_differs"
+    retryable = False
 
 
 class SamplerLost(TrainingError):

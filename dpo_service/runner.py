@@ -98,8 +98,9 @@ def _stages(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
     import ray
 
     # Late: torch and Ray take seconds to import, and a failure to import them is the attempt's, not the process's.
-    from dpo_service.checkpoint.format import digest_of
+    from dpo_service.checkpoint.format import MODEL, digest_of
     from dpo_service.online.fit import fit as fit_online
+    from dpo_service.train.probe import verify_published
     from dpo_service.train.ray_worker import fit
 
     ray.init(address="auto", logging_level=logging.WARNING, log_to_driver=True, configure_logging=False)
@@ -114,6 +115,8 @@ def _stages(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
     _leave_if_asked(store, spec)
     _tell_of_waiting(run, reporter)
     outcome = (fit_online if run.online else fit)(store, spec, dataset, model_dir, digest)
+    if outcome.checkpoint is not None and not outcome.stopped:
+        reporter.message(verify_published(store.path(outcome.checkpoint) / MODEL))
     return RunResult(
         job_id=run.job_id,
         attempt=spec.attempt,

@@ -4,6 +4,7 @@
         model/          a Hugging Face directory with tokenizer and chat template; with LoRA the merged model
         adapter/        the adapter alone, with LoRA
         state/          what resuming needs besides: optimizer and master weights as safetensors, counters as JSON
+        probe.json      log-probabilities of fixed sequences under the policy (Probe)
         manifest.json   size and sha256 of every file above (CheckpointManifest)
         manifest.sha256 the same of manifest.json
 

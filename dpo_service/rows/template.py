@@ -109,8 +109,8 @@ class Tokenizer:
 
     def _not_embedded(self, number: int) -> InvalidData:
         return InvalidData(
-            f"token {self._backend.id_to_token(number)!r} has the id {number}, and the model's embedding has no row for "
-            f"it ({min(self._beyond)} is the first id without one); use the tokenizer that belongs to the model, or give the "
+            f"token {self._backend.id_to_token(number)!r} has the id {number}, for which the model's embedding has no "
+            f"row (nor for any from {min(self._beyond)} on); use the tokenizer that belongs to the model, or give the "
             "model rows for it (resize_token_embeddings)",
             param="model",
         )

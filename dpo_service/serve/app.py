@@ -22,8 +22,9 @@ from fastapi import FastAPI
 from ray import serve
 from starlette.types import ASGIApp
 
-from dpo_service.errors import TrainingError
+from dpo_service.checkpoint.probe import read_probe
 from dpo_service.serve import engine, inprocess, provenance, scratch
+from dpo_service.serve.verify import verify
 from dpo_service.specs.serve import ServeSpec
 from dpo_service.storage.hub import fetch_model
 
@@ -47,24 +48,11 @@ class ModelReplica:
         # Before the engine: a model that is not the published one is refused in a second, and never loaded.
         self.digest = await asyncio.to_thread(provenance.identify, model_dir, spec.checkpoint_digest)
         self._start_engine(model_dir)
-        await self._warm_up()
-
-    async def _warm_up(self) -> None:
-        """Make one token: an engine that cannot compute this model fails here, before it is given traffic.
-
-        Raises:
-            TrainingError: it cannot; the sentence says why.
-        """
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-
-        prompt, one_token = TokensPrompt(prompt_token_ids=[0]), SamplingParams(max_tokens=1)
         try:
-            async for _ in self.engine.generate(prompt, one_token, request_id="warm-up"):
-                pass
-        except Exception as error:
+            await verify(self.engine, read_probe(model_dir))
+        except BaseException:
             self.engine.shutdown()
-            raise TrainingError(f"vLLM loads this model but cannot run it: {_root_cause(error)}") from error
+            raise
 
     def _start_engine(self, model_dir: Path) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -116,12 +104,6 @@ class ModelReplica:
     async def check_health(self) -> None:
         """Raises when the engine has died; Serve then replaces the replica."""
         await self.engine.check_health()
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def build(args: dict[str, Any]) -> serve.Application:

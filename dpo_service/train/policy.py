@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -231,13 +231,30 @@ def export_model(policy: Any, state: dict[str, Tensor], base_dir: Path, director
     config.dtype = dtype
     if hasattr(config, "quantization_config"):  # what is written is not quantised
         del config.quantization_config
-    with torch.device("meta"):
-        shell = type(base)(config)
-    shell.load_state_dict({name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}, assign=True)
+    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
+    shell = _shell(type(base), config)
+    if _differs(shell, weights):
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+        shell = _shell(type(base), config)
+    shell.load_state_dict(weights, assign=True)
     shell.tie_weights()
     shell.generation_config = base.generation_config
     shell.save_pretrained(directory)
     copy_tokenizer(base_dir, directory)
+
+
+def _shell(kind: Any, config: Any) -> Any:
+    with torch.device("meta"):
+        return kind(config)
+
+
+def _differs(shell: Any, weights: Mapping[str, Tensor]) -> bool:
+    """Whether two weights that the model's configuration ties are not one: a file may have a head of its own whatever
+    its flag says, and an adapter may be on one of the two."""
+    ties: Mapping[str, str] = shell.all_tied_weights_keys
+    pairs = [(weights[one], weights[other]) for one, other in ties.items() if one in weights and other in weights]
+    return not all(torch.equal(one, other) for one, other in pairs)
 
 
 def export_adapter(policy: Any, adapter: dict[str, Tensor], directory: Path, base_name: str) -> None:

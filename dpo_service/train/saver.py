@@ -22,12 +22,15 @@ from typing import Any, Literal
 
 from dpo_service.checkpoint.format import STATE, CheckpointFacts, publish
 from dpo_service.checkpoint.load import Checkpoint
+from dpo_service.checkpoint.probe import FILE as PROBE
+from dpo_service.checkpoint.probe import Probe
 from dpo_service.checkpoint.retention import prune, ranked
 from dpo_service.errors import CheckpointError
 from dpo_service.storage import paths
 from dpo_service.storage.store import Store
 from dpo_service.train import saving, shares
 from dpo_service.train.journal import Reports
+from dpo_service.train.probe import take_probe
 from dpo_service.train.step import TrainState
 
 CHECKPOINTS_A_RUN = 10
@@ -65,11 +68,12 @@ class Saver:
         if self._step == step:
             return
         self.settle()
+        probe = take_probe(self._state.policy, self._state.run.precision, self._state.ranks.device)
         share = shares.take(self._state, masters=saving.has_masters(self._state.run))
         taken = saving.snapshot(self._state)
         if taken is not None:
             counters = copy.deepcopy({"step": step, **counters})
-            work = partial(self._publish, self._facts(step, epoch, dict(metrics)), taken, share, counters)
+            work = partial(self._publish, self._facts(step, epoch, dict(metrics)), taken, probe, share, counters)
             self._under_way = self._thread.submit(work)
         elif share is not None:
             self._under_way = self._thread.submit(shares.write, share, self._meeting_place(step))
@@ -126,7 +130,12 @@ class Saver:
         return target.with_name(f".{target.name}.{self._group:013x}.tmp")
 
     def _publish(
-        self, facts: CheckpointFacts, taken: saving.Snapshot, share: shares.Share | None, counters: dict[str, Any]
+        self,
+        facts: CheckpointFacts,
+        taken: saving.Snapshot,
+        probe: Probe,
+        share: shares.Share | None,
+        counters: dict[str, Any],
     ) -> None:
         run = self._state.run
         reference = saving.reference_digest(run, taken.reference, self._base_digest)
@@ -134,6 +143,7 @@ class Saver:
 
         def fill(directory: Path) -> None:
             saving.write(directory, taken, run, self._model_dir, counters)
+            (directory / PROBE).write_text(probe.model_dump_json())
             if share is not None:
                 shares.collect(share, self._meeting_place(facts.step), directory / STATE)
 

@@ -184,7 +184,7 @@ def test_an_id_without_a_row_in_the_embedding_is_refused_where_a_row_has_it(tmp_
     save_tokenizer(tmp_path)
     ids = with_embedding(tmp_path, 400).encode("hello world")
     smaller = with_embedding(tmp_path, max(ids))
-    with pytest.raises(InvalidData, match=rf"the id {max(ids)}, and the model's embedding has no row") as caught:
+    with pytest.raises(InvalidData, match=rf"the id {max(ids)}, for which the model's embedding has no row") as caught:
         tokenise(Row(line=3, prompt="hello", answers=(" world",)), smaller)
     assert (caught.value.line, caught.value.param) == (3, "model")
     assert smaller.encode("h") == with_embedding(tmp_path, 400).encode("h"), "others are not concerned"
