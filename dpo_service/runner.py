@@ -216,7 +216,7 @@ def _require_sound(run: RunSpec, model_dir: Path, reporter: Reporter) -> None:
 
     report = inspect(InspectionRequest(directory=str(model_dir), lora=run.lora))
     for note in report.notes:
-        reporter.message(note, level="warn")
+        reporter.message(note)
     require(report)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpo_service.errors import TrainingError
 from dpo_service.specs.adapter import LoraSpec
+from dpo_service.train.adapters import target_modules
 from dpo_service.train.logprobs import split_head, use_packing
 from dpo_service.train.pretrained import read
 from dpo_service.train.products import use_fast_products
@@ -131,7 +132,7 @@ def add_adapter(model: Any, spec: LoraSpec, seed: int) -> Any:
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         use_dora=spec.dora,
-        target_modules=list(spec.target_modules) if spec.target_modules else "all-linear",
+        target_modules=target_modules(model, spec),
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, _with_own_layers(config, spec.quantize)).eval()

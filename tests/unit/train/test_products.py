@@ -94,3 +94,24 @@ def test_a_loaded_model_multiplies_so_forward_and_backward(model_dir):
         loss.backward()
     assert "mkldnn._linear_pointwise" in forward.names & backward.names
     assert "aten.addmm" not in forward.names | backward.names
+
+
+def written_over(layer, states):
+    """What a model does that writes into a layer's output: Gemma 3n's AltUp."""
+    states = states.clone().requires_grad_()
+    output = layer(states)
+    output.clamp_(-0.5, 0.5)
+    output[..., 0] += 1
+    output.square().sum().backward()
+    return [output.detach(), states.grad, layer.weight.grad]
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 7)])
+def test_an_output_may_be_written_into(shape):
+    torch.manual_seed(0)
+    plain = nn.Linear(7, 11, bias=False)
+    fast = copy.deepcopy(plain)
+    use_fast_products(fast)
+    states = torch.randn(shape)
+    for found, expected in zip(written_over(fast, states), written_over(plain, states), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
