@@ -17,6 +17,7 @@
     ├── StopAsked                       500     stop_asked           an attempt ends because it was asked to
     └── TrainingError                   500     training_failed      a stage failed (carries `retryable`)
         ├── NonFiniteLoss               500     non_finite_loss      never retried
+        ├── RecurringError              500     training_failed      another attempt would meet it again; never retried
         ├── CheckpointError             500     checkpoint_invalid   a digest does not match, a file is missing
         ├── PublishedModelDiffers       500     published_differs    its files or its replica are not what was trained
         ├── SamplerLost                 500     sampler_lost         a sampler died; its prompts can be asked again
@@ -30,6 +31,8 @@ Each class carries its HTTP status and code; `api/problems.py` writes them in th
 """
 
 from __future__ import annotations
+
+import re
 
 
 class DpoServiceError(Exception):
@@ -151,6 +154,12 @@ class NonFiniteLoss(TrainingError):
     retryable = False
 
 
+class RecurringError(TrainingError):
+    """An error of the model's code, or memory that does not suffice: see `recurs`."""
+
+    retryable = False
+
+
 class CheckpointError(TrainingError):
     code = "checkpoint_invalid"
 
@@ -209,3 +218,36 @@ class TooFewVerdicts(JudgeError):
 
     code = "too_few_verdicts"
     retryable = True
+
+
+_RECURRING = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+_PASSING = re.compile(r"nccl|gloo|cuda error|connection|timed? ?out|socket|peer|store|broken", re.IGNORECASE)
+
+
+def recurs(error: BaseException, *, computing: bool = False) -> bool:
+    """Whether another attempt at the same would meet `error` again.
+
+    What Python raises for what the code asks of it recurs, and memory that did not suffice on a device. What the
+    outside does (processes, connections, files, other ranks) may pass. RuntimeError is either: where a model was
+    `computing`, its text decides; elsewhere it may pass.
+    """
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, DpoServiceError):
+        return isinstance(error, UserError) or not getattr(error, "retryable", True)
+    if "RayTaskError" in kinds:  # what a task raised, on its way to the driver
+        cause = getattr(error, "cause", None)
+        return cause is not None and recurs(cause, computing=computing)
+    if isinstance(error, OSError) or kinds & {"DistError", "RayError"}:
+        return False
+    if isinstance(error, _RECURRING) or "OutOfMemoryError" in kinds:
+        return True
+    return computing and isinstance(error, RuntimeError) and _PASSING.search(str(error)) is None

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from dpo_service.errors import CheckpointError, DpoServiceError, NotFound, StopAsked, UserError
+from dpo_service.errors import CheckpointError, DpoServiceError, NotFound, StopAsked, UserError, recurs
 from dpo_service.manifests.checkpoint import RunResult
 from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.manifests.inspection import InspectionRequest
@@ -90,7 +90,7 @@ def _guarded(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
     except Exception as error:
         logger.exception("attempt failed")
         reporter.message(traceback.format_exc(limit=-8), level="error")
-        return _failed(spec, "internal_error", f"{type(error).__name__}: {error}", retryable=True)
+        return _failed(spec, "internal_error", f"{type(error).__name__}: {error}", retryable=not recurs(error))
 
 
 def _stages(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:

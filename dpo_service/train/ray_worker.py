@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -25,11 +26,13 @@ from dpo_service.errors import (
     JudgeError,
     ModelRefused,
     NonFiniteLoss,
+    RecurringError,
     SamplerLost,
     TooFewVerdicts,
     TrainingError,
     UserError,
     WeightsRefused,
+    recurs,
 )
 from dpo_service.ids import random_suffix
 from dpo_service.manifests.dataset import DatasetManifest
@@ -45,6 +48,7 @@ from dpo_service.train.loop import TrainOutcome, train
 from dpo_service.train.ranks import BACKENDS, Ranks
 from dpo_service.train.tracking import Tracked
 
+logger = logging.getLogger(__name__)
 MAX_WORKER_FAILURES = 3
 HEALTH_CHECK_S = "0.5"
 """How often Ray Train looks after its workers: a dead one is seen within it, and a start is not held up by it."""
@@ -52,10 +56,18 @@ HEALTH_CHECK_S = "0.5"
 ERRORS: dict[str, type[DpoServiceError]] = {
     kind.__name__: kind
     for kind in (
-        NonFiniteLoss, CheckpointError, SamplerLost, WeightsRefused, TooFewVerdicts, JudgeError, TrainingError,
-        ModelRefused, UserError,
+        NonFiniteLoss,
+        RecurringError,
+        CheckpointError,
+        SamplerLost,
+        WeightsRefused,
+        TooFewVerdicts,
+        JudgeError,
+        TrainingError,
+        ModelRefused,
+        UserError,
     )
-}  # fmt: skip
+}
 """What a worker may end with, by the name under which it leaves it for the driver."""
 
 
@@ -103,6 +115,7 @@ def fit(
 
     Raises:
         NonFiniteLoss, CheckpointError, TrainingError: as `loop.train`.
+        RecurringError: a worker met an error that another try would meet again.
         TrainingError: workers died more than `MAX_WORKER_FAILURES` times.
     """
     run = attempt.run
@@ -115,7 +128,11 @@ def fit(
         model_dir=str(model_dir),
         base_digest=base_digest,
     )
-    _run_workers(config, run.resources, feed)
+    try:
+        _run_workers(config, run.resources, feed)
+    except TrainingError:
+        if not _has_failed(store, _result_key(run.job_id, attempt.attempt)):
+            raise
     result = store.read_model(_result_key(run.job_id, attempt.attempt), WorkerResult)
     if result.error is not None:
         raise ERRORS[result.error](result.message)
@@ -157,15 +174,40 @@ def work(loop_config: dict[str, Any]) -> None:
     """One rank. What retrying cannot mend is left in storage and not raised, so that Ray Train does not retry it."""
     config = WorkerConfig.model_validate_json(loop_config["config"])
     store = Store(config.root)
-    ranks = _ranks()
+    ranks, key = _ranks(), _result_key(config.job_id, config.attempt)
+    if _has_failed(store, key):
+        return
     try:
         outcome = _train(config, store, ranks, loop_config["feed"])
     except (TrainingError, UserError) as error:
         result = WorkerResult(error=name_of(error), message=error.message)
+    except Exception as error:
+        if not recurs(error, computing=True):
+            raise
+        logger.exception("rank %d failed", ranks.rank)
+        store.write_model(key, WorkerResult(error=RecurringError.__name__, message=_described(error)))
+        if ranks.world > 1:
+            raise  # the others wait for this rank: Ray Train ends and restarts them all, and they leave at once
+        return
     else:
         result = WorkerResult(outcome=asdict(outcome))
-    if ranks.first:
-        store.write_model(_result_key(config.job_id, config.attempt), result)
+    if ranks.first and not _has_failed(store, key):
+        store.write_model(key, result)
+
+
+def _has_failed(store: Store, key: str) -> bool:
+    """Whether a rank of this attempt met an error that another try would meet again."""
+    return store.exists(key) and store.read_model(key, WorkerResult).error == RecurringError.__name__
+
+
+def _described(error: BaseException) -> str:
+    """Type, text and place; for memory that did not suffice, what takes less."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    less = ""
+    if "OutOfMemoryError" in type(error).__name__:
+        less = "; lower micro_batch_tokens, set activation_checkpointing to true, or train a LoRA adapter (`dpo plan`)"
+    return f"{text} ({Path(place.filename).name}, line {place.lineno}, in {place.name}){less}"
 
 
 def _train(config: WorkerConfig, store: Store, ranks: Ranks, feed: FeedFactory | None) -> TrainOutcome:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from dpo_service.checkpoint.format import digest_of
-from dpo_service.errors import NonFiniteLoss
+from dpo_service.errors import NonFiniteLoss, RecurringError
 from dpo_service.reports import read_spool, spool_files
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import AttemptSpec
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.ray
 TWO = ResourceSpec(workers=2)
 
 
-def run_attempt(job: Job):
+def run_attempt(job: Job, feed=None):
     attempt = AttemptSpec(run=job.run, attempt=1, report_url=None, report_token="canary-token")
     job.store.write_model(paths.attempt_spec("j", 1), attempt)
-    return fit(job.store, attempt, job.dataset, job.model_dir, digest_of(job.model_dir))
+    return fit(job.store, attempt, job.dataset, job.model_dir, digest_of(job.model_dir), feed)
 
 
 def reports(job: Job):
@@ -94,3 +94,26 @@ def test_stop_flag_saves_and_ends(tmp_path, model_dir, ray_connected):
     job.store.write(paths.stop_flag("j", 1), b"")
     outcome = run_attempt(job)
     assert (outcome.stopped, outcome.steps, outcome.checkpoint) == (True, 0, None)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_that_would_come_again_ends_the_run_at_once(tmp_path, model_dir, ray_connected, workers):
+    """On the last rank alone, while the others wait for it."""
+    job = make_job(tmp_path, model_dir, steps=2, resources=ResourceSpec(workers=workers))
+    tries = tmp_path / "tries"
+
+    def broken(run, dataset, store, ranks):
+        from dpo_service.train.feed import Feed
+
+        if ranks.rank == ranks.world - 1:
+            with tries.open("a") as file:
+                file.write("x")
+            raise TypeError("forward() got an unexpected keyword")
+        return Feed(run, dataset, store, ranks)
+
+    with pytest.raises(
+        RecurringError, match=r"TypeError: forward\(\) got an unexpected keyword \(.*, in broken\)"
+    ) as caught:
+        run_attempt(job, broken)
+    assert not caught.value.retryable
+    assert tries.read_text() == "x", "it was tried once"
