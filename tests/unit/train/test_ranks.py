@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 from collections.abc import Callable
@@ -61,6 +62,9 @@ def run_rank(rank: int, port: int, jobs: list[Job]) -> None:
         else:
             assert recorded.values == {}
     torch.distributed.destroy_process_group()
+    # As Ray ends its workers and the runner itself: on a busy machine a library's thread now and then outlives the
+    # interpreter, which aborts a process whose work is done ("terminate called without an active exception").
+    os._exit(0)
 
 
 def train_on_two(jobs: list[Job], meanwhile: Callable[[], None] | None = None) -> list[Recorder]:
