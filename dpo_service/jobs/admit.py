@@ -9,6 +9,7 @@ what would fail an hour later on the cluster is refused here, with the field and
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from dpo_service import ids
 from dpo_service.clock import Clock, SystemClock
 from dpo_service.cluster.port import Capacity, Cluster
 from dpo_service.db.session import Database
-from dpo_service.errors import ClusterError, InvalidData, InvalidSpec, NotFound, Unavailable
+from dpo_service.errors import ClusterError, InvalidData, InvalidSpec, ModelRefused, NotFound, Unavailable
 from dpo_service.jobs import choices, sampled_checks, sampled_choices
 from dpo_service.manifests.dataset import DatasetReport
 from dpo_service.manifests.inspection import InspectionRequest
@@ -46,6 +47,7 @@ from dpo_service.specs.method import RowKind
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import ModelSource, RunSpec
 from dpo_service.storage.store import Store
+from dpo_service.storage.weights import quantised_as
 
 PURPOSE = "fine-tune"
 NEEDS = {
@@ -130,8 +132,12 @@ def inspected(spec: JobSpec, model: ModelFacts) -> tuple[str, ...]:
     """What transformers notes of the model and of the job on it; takes seconds, so it belongs in a thread.
 
     Raises:
-        InvalidSpec: the job cannot work on it.
+        InvalidSpec, ModelRefused: the job cannot work on it.
     """
+    try:
+        quantised_as(json.loads((model.directory / "config.json").read_text()))
+    except ModelRefused as error:
+        raise ModelRefused(f"model {spec.model!r} cannot be trained: {error.message}", param="model") from None
     request = InspectionRequest(directory=str(model.directory), weights_here=model.weight_bytes > 0, lora=spec.lora)
     report = inspect_model(request)
     if report is None:

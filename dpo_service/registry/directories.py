@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_service.errors import InvalidSpec, ModelNotFound, ModelRefused
 from dpo_service.specs.judge import VLLM_CPU_HEADS, VLLM_REWARD_MODELS, RewardModelJudgeSpec
-from dpo_service.storage.weights import quantised_as, stored_weights, weight_files
+from dpo_service.storage.weights import stored_weights, weight_files
 
 REWARD_SUFFIX = "ForSequenceClassification"
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
@@ -57,10 +57,10 @@ def inspect(directory: Path, name: str, *, weights_here: bool = True) -> Directo
 
     Raises:
         ModelNotFound: it is no directory of a causal language model with a fast tokenizer and safetensors weights.
-        ModelRefused: weight files are missing or cut short, or the weights are quantised in a way that is not read.
+        ModelRefused: weight files are missing or cut short.
     """
     config = _config(directory, name)
-    weights = _weight_bytes(directory, config, name) if weights_here else 0
+    weights = _weight_bytes(directory, name) if weights_here else 0
     if not (directory / "tokenizer.json").is_file():
         raise _refused(name, "it holds no tokenizer.json; save its fast tokenizer beside the weights")
     text = config.get("text_config") or config
@@ -124,9 +124,8 @@ def _config(directory: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def _weight_bytes(directory: Path, config: dict[str, Any], name: str) -> int:
+def _weight_bytes(directory: Path, name: str) -> int:
     try:
-        quantised_as(config)
         stored_weights(directory)
         return sum(file.stat().st_size for file in weight_files(directory))
     except ModelRefused as error:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from dpo_service.train import products
 from dpo_service.train.products import product
@@ -95,3 +96,18 @@ def _backward(ctx: Any, grad_TO: Tensor, _: Tensor) -> tuple[Tensor | None, ...]
 
 
 lora_linear.register_autograd(_backward, setup_context=_save)
+
+
+Size = tuple[int, int]
+
+
+@register_flop_formula(torch.ops.dpo_service.lora_linear)
+def _forward_flops(x: Size, weight: Size, bias: object, a: Size, b: Size, *_: object, **__: object) -> int:
+    (tokens, inputs), outputs, rank = x, weight[0], a[0]
+    return 2 * tokens * (inputs * outputs + rank * (inputs + outputs))
+
+
+@register_flop_formula(torch.ops.dpo_service.lora_linear_input_grad)
+def _input_grad_flops(grad: Size, weight: Size, grad_hidden: Size, a: Size, *_: object, **__: object) -> int:
+    (tokens, outputs), (rank, inputs) = grad, a
+    return 2 * tokens * inputs * (outputs + rank)

@@ -7,7 +7,7 @@ import pytest
 from dpo_service.checkpoint.retention import prune
 from dpo_service.cluster.port import AppState, Capacity
 from dpo_service.deployments import service
-from dpo_service.errors import Conflict, InvalidSpec, ModelNotFound, NotFound, Unavailable
+from dpo_service.errors import Conflict, InvalidSpec, ModelNotFound, ModelRefused, NotFound, Unavailable
 from dpo_service.registry import models
 from dpo_service.storage import paths
 from tests.unit.deployments.conftest import save_model
@@ -94,7 +94,7 @@ async def test_what_cannot_be_served_is_refused_before_anything_starts(world, co
     directory = save_model(world.store.path("models/broken"), **config)
     if missing:
         (directory / missing).unlink()
-    with pytest.raises(ModelNotFound, match=said):
+    with pytest.raises((ModelNotFound, ModelRefused), match=said):
         await world.create("broken")
     await world.tick()
     assert world.cluster.lists == []

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_service.checkpoint.format import digest_of
 from dpo_service.specs.adapter import LoraSpec
-from dpo_service.train import flops
+from dpo_service.train import flops, lora_linear
 from dpo_service.train.attention.layout import Segment
 from dpo_service.train.batch import collate
 from dpo_service.train.feed import Feed
@@ -34,7 +34,13 @@ BATCH = collate(
 TOKENS, ANSWERS = 26 + 11, 14 + 8
 
 
-PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.mkldnn._linear_pointwise)
+PRODUCTS = (
+    torch.ops.aten.mm,
+    torch.ops.aten.addmm,
+    torch.ops.mkldnn._linear_pointwise,
+    lora_linear.lora_linear._opoverload.overloadpacket,
+    lora_linear._input_grad._opoverload.overloadpacket,
+)
 
 
 def linear_flops(states, weight, *_, **__) -> int:
