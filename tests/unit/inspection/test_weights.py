@@ -16,7 +16,7 @@ from dpo_service.inspection.inspect import inspect
 from dpo_service.manifests.inspection import InspectionRequest
 from dpo_service.registry.inspection import inspect_model
 from dpo_service.train.policy import load_model
-from tests.unit.train.families import PACKED, family
+from tests.unit.train.families import PACKED, PADDED, family
 from tests.unit.train.training_kit import Recorder, build_model, make_job
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 4]])
@@ -219,3 +219,30 @@ def test_the_control_plane_gets_the_same_from_a_process_of_its_own(tmp_path, pla
     mended = inspect_model(request)
     assert mended is not None
     assert mended.faults == (), "and again when the files have changed"
+
+
+def in_4_bits(weights):
+    """Experts in blocks of 32 numbers with an exponent each, two numbers a byte, as gpt-oss publishes them."""
+    stored, draw = {}, torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inputs, outputs = weight.shape
+            shape = (experts, outputs, inputs // 32)
+            stored[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=draw)
+            stored[f"{name}_scales"] = torch.randint(118, 124, shape, dtype=torch.uint8, generator=draw)
+        else:
+            stored[name] = weight
+    return stored
+
+
+def test_experts_in_4_bits_are_turned_back_into_the_numbers_transformers_gives(tmp_path):
+    family("gpt_oss", PADDED["gpt_oss"] | {"intermediate_size": 32}).save_pretrained(tmp_path / "plain")
+    packed = changed(tmp_path / "plain", tmp_path / "m", in_4_bits)
+    config = json.loads((packed / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (packed / "config.json").write_text(json.dumps(config))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)(IDS).logits
+    assert torch.allclose(logits(packed), expected, atol=1e-5)
+    assert report(packed).faults == ()
