@@ -18,6 +18,7 @@ from dpo_service.train.attention import interface as attention
 from dpo_service.train.attention.layout import Layout, Trial
 from dpo_service.train.batch import MicroBatch, collate, padded
 from dpo_service.train.head import Head, head_logps, logit_logps
+from dpo_service.train.rope import own_frequencies, shares_prompts
 from dpo_service.train.router import router_loss
 from dpo_service.train.rows import Example
 
@@ -47,7 +48,7 @@ def completion_logps(
 ) -> Completions:
     """Log-probability of each sequence's completion under a causal language model of transformers.
 
-    A packed `batch` is padded first where the model cannot compute it as it is (`packs`). The output head takes `chunk`
+    A packed `batch` is padded first where the model cannot compute it as it is (`packed`). The output head takes `chunk`
     tokens at a time, by default as many as `specs/room.py` allows. `aligned` asks for `aligned_S`,
     `routed` for `router_loss`.
     """
@@ -60,7 +61,7 @@ def computed_logps(
     model: nn.Module, batch: MicroBatch, *, chunk: int | None, aligned: bool, routed: bool
 ) -> Completions:
     """`completion_logps` of a model whose weights are all here; a sharded one gathers them around it (`sharding`)."""
-    batch = batch if packs(model) else padded(batch)
+    batch = batch if packed(model, batch) else padded(batch)
     head = split_head(model)
     options: dict[str, Any] = {"output_router_logits": True} if routed else {}
     output = _run(model, batch, split=head is not None, **options)
@@ -105,6 +106,11 @@ def packs(model: nn.Module) -> bool:
     return bool(getattr(model, "_dpo_packs", False))
 
 
+def packed(model: nn.Module, batch: MicroBatch) -> bool:
+    """Whether `model` computes this `batch` packed: not where a prompt has other frequencies with either answer."""
+    return packs(model) and shares_prompts(model, batch.segments)
+
+
 def padded_because(model: nn.Module) -> str:
     """What `use_packing` found against it."""
     return str(getattr(model, "_dpo_padded_because", "it was never tried"))
@@ -115,8 +121,9 @@ def use_packing(model: Any) -> bool:
 
     It is tried on two short pairs rather than read off the configuration: linear attention, positions of the model's
     own, or attention that cannot be replaced show there. A model that fails keeps its own attention and is computed
-    padded.
+    padded. Either way a sequence is computed as if it were alone (`rope`).
     """
+    own_frequencies(model)
     reason = _try_packing(model)
     model._dpo_packs = reason is None
     if reason is not None:
