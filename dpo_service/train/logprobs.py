@@ -48,7 +48,7 @@ def completion_logps(
 ) -> Completions:
     """Log-probability of each sequence's completion under a causal language model of transformers.
 
-    A packed `batch` is padded first where the model cannot compute it as it is (`packed`). The output head takes `chunk`
+    A `batch` is padded first where the model cannot compute it as it is (`packed`). The output head takes `chunk`
     tokens at a time, by default as many as `specs/room.py` allows. `aligned` asks for `aligned_S`,
     `routed` for `router_loss`.
     """

@@ -63,6 +63,7 @@ class OwnFrequencies(nn.Module):
         super().__init__()
         self.rotary = rotary
         self.kinds = kinds
+        self.config = getattr(rotary, "config", None)  # some models read it there
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **options: Any) -> Any:
         """As `rotary`: one tensor [B, L, D], or several. Waits for the device, once, as dynamic NTK does by itself."""
@@ -108,15 +109,24 @@ def as_loaded(rotary: nn.Module) -> nn.Module:
     return fresh
 
 
-def own_frequencies(model: nn.Module) -> None:
-    """Put every rotary embedding of `model` whose frequencies depend on length under `OwnFrequencies`."""
+def own_frequencies(model: nn.Module) -> bool:
+    """Put every rotary embedding of `model` whose frequencies depend on length under `OwnFrequencies`; whether there
+    was one."""
+    found = list(length_dependent(model))
+    for parent, name, kinds in found:
+        setattr(parent, name, OwnFrequencies(getattr(parent, name), kinds))
+    return bool(found)
+
+
+def length_dependent(model: nn.Module) -> Iterator[tuple[nn.Module, str, Kinds]]:
+    """The rotary embeddings of `model` whose frequencies depend on length: what holds them, and under which name."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if config is not None else None
     longest = 2 * int(getattr(text, "max_position_embeddings", None) or LONGEST)
     for parent in [module for module in model.modules() if not isinstance(module, OwnFrequencies)]:
-        for name, child in list(parent.named_children()):
-            if _is_rotary(child) and (kinds := kinds_of(child, longest)) is not None:
-                setattr(parent, name, OwnFrequencies(child, kinds))
+        for name, child in parent.named_children():
+            if _is_rotary(child) and (kinds := kinds_of(_with_numbers(child), longest)) is not None:
+                yield parent, name, kinds
 
 
 def shares_prompts(model: nn.Module, segments: Sequence[Segment]) -> bool:
@@ -132,6 +142,15 @@ def shares_prompts(model: nn.Module, segments: Sequence[Segment]) -> bool:
 
 def _is_rotary(module: nn.Module) -> bool:
     return "rotary" in type(module).__name__.lower() and "position_ids" in inspect.signature(module.forward).parameters
+
+
+def _with_numbers(rotary: nn.Module) -> nn.Module:
+    """`rotary`, or where it is on the meta device one like it that is not: it has no weights to be read."""
+    if all(buffer.device.type != "meta" for buffer in rotary.buffers()):
+        return rotary
+    kind: Any = type(rotary)
+    with torch.device("cpu"):
+        return kind(rotary.config)  # type: ignore[no-any-return]
 
 
 def kinds_of(rotary: nn.Module, longest: int) -> Kinds | None:

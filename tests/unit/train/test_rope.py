@@ -110,3 +110,117 @@ def test_neighbours_and_history_change_nothing(name):
         found_S = completion_logps(model, collate([EXAMPLES[place] for place in places])).logps_S
         both = places + [place + len(EXAMPLES) for place in places]
         torch.testing.assert_close(found_S, expected_S[both], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+@torch.no_grad()
+def test_micro_batches_stay_packed_but_where_a_prompt_has_other_frequencies_with_either_answer(name):
+    model = family(name, BY_LENGTH[name])
+    use_packing(model)
+    assert packs(model)
+    within, longer, across, at_the_edge, alike = (collate([example]) for example in EXAMPLES)
+    assert packed(model, within)
+    assert not packed(model, across)
+    assert not packed(model, at_the_edge)
+    assert packed(model, alike), "equally long answers"
+    assert packed(model, longer) == ("longrope" in name), "long ones share frequencies, or do not"
+    assert packed(model, collate([EXAMPLES[0], EXAMPLES[4]]))
+    assert not packed(model, collate(EXAMPLES))
+
+
+@pytest.mark.parametrize("name", ["phi3/longrope", "llama/dynamic", "gemma3_text/dynamic"])
+@pytest.mark.parametrize("chosen", [[0, 4], range(5)], ids=["packed", "padded"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_gradients_are_those_of_each_sequence_alone(name, chosen, recompute):
+    model, examples = family(name, BY_LENGTH[name]), [EXAMPLES[place] for place in chosen]
+    weights = {key: value.detach().clone().requires_grad_() for key, value in model.named_parameters()}
+
+    def plain(prompt, answer):
+        output = functional_call(copy.deepcopy(model), weights, kwargs={"input_ids": torch.tensor([prompt + answer])})
+        logps = output.logits[0].log_softmax(-1)
+        return sum(logps[len(prompt) - 1 + place, token] for place, token in enumerate(answer))
+
+    margins = [plain(e.prompt, e.chosen) - plain(e.prompt, e.rejected) for e in examples]
+    expected = torch.autograd.grad(sum(margins), list(weights.values()))
+    use_packing(model)
+    if recompute:
+        recompute_layers(model, random=False)
+    logps_2P = completion_logps(model, collate(examples)).logps_S.view(2, -1)
+    # A recomputed layer comes after another forward pass.
+    completion_logps(model, collate([EXAMPLES[2]]))
+    (logps_2P[0] - logps_2P[1]).sum().backward()
+    for wanted, parameter in zip(expected, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-4 * float(wanted.norm()))
+
+
+def test_padding_lengthens_no_sequence():
+    positions = padded(collate([Example([5, 6], [7], [8, 9, 10])])).position_ids_BL
+    assert positions.tolist() == [[0, 1, 2, 2, 2], [0, 1, 2, 3, 4]]
+
+
+def test_runs_are_neighbours_that_share_frequencies():
+    positions = np.array([0, 1, 2, 0, 1, 0, 1, 2, 3, 2, 3, 4, 0, 1, 2, 3])
+    assert runs(positions, Kinds(3, one_beyond=True)) == [(0, 0, 5), (4, 5, 16)]
+    assert runs(positions, Kinds(3, one_beyond=False)) == [(0, 0, 5), (5, 5, 12), (4, 12, 16)]
+    assert runs(np.array([7]), Kinds(3, one_beyond=True)) == [(4, 0, 1)], "a single step of a generation"
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("phi3/longrope", Kinds(ORIGINAL, True)),
+        ("phimoe/longrope", Kinds(ORIGINAL, True)),
+        ("llama/dynamic", Kinds(ORIGINAL, False)),
+        ("gemma3_text/dynamic", Kinds(ORIGINAL, False)),
+        *((name, None) for name in STEADY),
+    ],
+)
+def test_what_lengths_share_is_found_by_trying(name, kinds):
+    rotary = family(name, EVERY[name]).model.rotary_emb
+    assert kinds_of(rotary, 2 * LONGEST) == kinds
+
+
+def test_models_of_one_set_of_frequencies_stay_as_they_are():
+    for name in ("llama", "gemma3_text", *STEADY):
+        model = family(name, EVERY[name])
+        use_packing(model)
+        assert not any(isinstance(module, OwnFrequencies) for module in model.modules())
+
+
+@pytest.fixture(scope="module")
+def phi(tmp_path_factory):
+    directory = build_model(tmp_path_factory.mktemp("phi"))
+    family("phi3/longrope", BY_LENGTH["phi3/longrope"] | {"vocab_size": VOCAB}).save_pretrained(directory)
+    return directory
+
+
+def mixed_rows(count):
+    rng = np.random.default_rng(1)
+
+    def some(low, high):
+        return [rng.integers(4, VOCAB, rng.integers(low, high)).tolist() for _ in range(count)]
+
+    columns = {"index": list(range(count)), "truncated": [False] * count}
+    return columns | {"prompt": some(3, 20), "chosen": some(2, 40), "rejected": some(2, 40)}
+
+
+@pytest.mark.parametrize("reference", ["cached", "live"])
+@pytest.mark.parametrize("lora", [None, LoraSpec(rank=4)], ids=["full", "lora"])
+@pytest.mark.parametrize("micro", [1, 4])
+def test_a_policy_that_has_not_moved_has_a_loss_of_ln_2(tmp_path, phi, reference, lora, micro):
+    reports = Recorder()
+    job = make_job(
+        tmp_path, phi, reference=reference, lora=lora, columns=mixed_rows(16), validation=4, steps=2,
+        learning_rate=1e-9, micro_batch_size=micro, activation_checkpointing=True,
+    )  # fmt: skip
+    job.train(reports=reports)
+    assert reports.losses() == pytest.approx([math.log(2)] * 2, abs=2e-6)
+
+
+@torch.no_grad()
+def test_the_checkpoint_on_disk_is_computed_so_too(phi):
+    model = load_model(phi)
+    expected_S = all_alone(load_model(phi), EXAMPLES)
+    assert any(isinstance(module, OwnFrequencies) for module in model.modules())
+    torch.testing.assert_close(completion_logps(model, collate(EXAMPLES)).logps_S, expected_S, rtol=1e-5, atol=1e-4)
+    assert set(model.state_dict()) == set(family("phi3", BY_LENGTH["phi3/longrope"]).state_dict())
