@@ -7,7 +7,7 @@ import pytest
 from dpo_service.inspection.inspect import inspect
 from dpo_service.manifests.inspection import InspectionRequest
 from tests.unit.train.families import PACKED, family
-from tests.unit.train.test_rope import BY_LENGTH, ORIGINAL, STEADY
+from tests.unit.train.test_neighbours import BY_LENGTH, ORIGINAL, STEADY
 
 
 def notes(directory, name, added):

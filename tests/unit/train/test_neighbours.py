@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from dpo_service.errors import TrainingError
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.train.batch import collate, padded
 from dpo_service.train.layers import recompute_layers
@@ -151,6 +152,30 @@ def test_gradients_are_those_of_each_sequence_alone(name, chosen, recompute):
     (logps_2P[0] - logps_2P[1]).sum().backward()
     for wanted, parameter in zip(expected, model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-4 * float(wanted.norm()))
+
+
+ENCODER = {"hidden_size": 32, "vocab_size": 97, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "added", "reason"),
+    [
+        ("roberta", {"is_decoder": True}, "beside longer ones"),  # its positions begin after its padding token's id
+        ("cpmant", {"dim_head": 8, "prompt_length": 4}, "beside longer ones"),  # it pads on the left, and itself
+        ("bert", {}, "see those after them"),
+    ],
+)
+def test_a_model_that_is_not_computed_a_sequence_at_a_time_is_refused(name, added, reason):
+    model = family(name, ENCODER | added)
+    with pytest.raises(TrainingError, match=reason):
+        use_packing(model)
+
+
+def test_an_encoder_made_a_decoder_is_accepted():
+    model = family("bert", ENCODER | {"is_decoder": True})
+    expected_S = all_alone(model, EXAMPLES)
+    use_packing(model)
+    torch.testing.assert_close(completion_logps(model, collate(EXAMPLES)).logps_S, expected_S, rtol=1e-5, atol=1e-4)
 
 
 def test_padding_lengthens_no_sequence():
