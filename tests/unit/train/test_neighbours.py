@@ -113,6 +113,25 @@ def test_neighbours_and_history_change_nothing(name):
         torch.testing.assert_close(found_S, expected_S[both], rtol=1e-5, atol=1e-4)
 
 
+FUZZED = {name: EVERY[name] for name in ("mistral/windowed", "gemma2", "qwen2/windowed", "qwen3", "phi3/longrope")}
+FUZZED |= {name: EVERY[name] for name in ("gemma2/dynamic", "gemma3_text/dynamic", "llama/longrope")}
+
+
+@pytest.mark.parametrize("name", FUZZED)
+@torch.no_grad()
+def test_any_batch_is_that_of_each_sequence_alone(name, seeds=range(3)):
+    """Windows, capped scores, grouped heads and frequencies of every kind, in batches of any lengths."""
+    model = family(name, FUZZED[name])
+    plain = copy.deepcopy(model)
+    assert use_packing(model)
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        few = [[rng.integers(2, 97, length).tolist() for length in rng.geometric(0.06, 3)] for _ in range(6)]
+        examples = [Example(*example) for example in few[: rng.integers(1, 7)]]
+        found_S = completion_logps(model, collate(examples)).logps_S
+        torch.testing.assert_close(found_S, all_alone(plain, examples), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", BY_LENGTH)
 @torch.no_grad()
 def test_micro_batches_stay_packed_but_where_a_prompt_has_other_frequencies_with_either_answer(name):
