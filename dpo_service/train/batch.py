@@ -151,7 +151,7 @@ def padded(batch: MicroBatch) -> MicroBatch:
         batch,
         input_ids_BL=input_ids_BL,
         attention_mask_BL=(places_L < lengths_S[:, None]).long(),
-        position_ids_BL=places_L.expand(len(rows), length),
+        position_ids_BL=torch.minimum(places_L, lengths_S[:, None] - 1),  # padding lengthens no sequence
         source_C=torch.tensor(source, device=device),
     )
 

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dpo_service.errors import TrainingError
 from dpo_service.train.attention import interface as attention
 from dpo_service.train.attention.layout import Layout, Trial
 from dpo_service.train.batch import MicroBatch, collate, padded
 from dpo_service.train.head import Head, head_logps, logit_logps
+from dpo_service.train.rope import own_frequencies, shares_prompts
 from dpo_service.train.router import router_loss
 from dpo_service.train.rows import Example
 
@@ -27,6 +29,9 @@ PROBE_TOLERANCE = 1e-3
 """Packed against padded, relative: float32 noise is far below, a token that sees the wrong one far above."""
 COARSE_TOLERANCE = 5e-2
 """The same for weights in half precision."""
+
+REFUSED, REFUSED_COARSE = 1e-2, 0.2
+"""From where a model is refused for it: a mixture in half precision may send a token to other experts by rounding."""
 
 
 class Completions(NamedTuple):
@@ -47,7 +52,7 @@ def completion_logps(
 ) -> Completions:
     """Log-probability of each sequence's completion under a causal language model of transformers.
 
-    A packed `batch` is padded first where the model cannot compute it as it is (`packs`). The output head takes `chunk`
+    A `batch` is padded first where the model cannot compute it as it is (`packed`). The output head takes `chunk`
     tokens at a time, by default as many as `specs/room.py` allows. `aligned` asks for `aligned_S`,
     `routed` for `router_loss`.
     """
@@ -60,7 +65,7 @@ def computed_logps(
     model: nn.Module, batch: MicroBatch, *, chunk: int | None, aligned: bool, routed: bool
 ) -> Completions:
     """`completion_logps` of a model whose weights are all here; a sharded one gathers them around it (`sharding`)."""
-    batch = batch if packs(model) else padded(batch)
+    batch = batch if packed(model, batch) else padded(batch)
     head = split_head(model)
     options: dict[str, Any] = {"output_router_logits": True} if routed else {}
     output = _run(model, batch, split=head is not None, **options)
@@ -96,13 +101,23 @@ def _run(model: nn.Module, batch: MicroBatch, *, split: bool, layout: Layout | N
 
 def _predicting(output: Any, batch: MicroBatch, *, split: bool) -> Tensor:
     """What predicts the completion tokens: hidden states [C, H], or logits [C, V] of a model that is not split."""
-    states_BLH: Tensor = output.last_hidden_state if split else output.logits
-    return states_BLH.flatten(0, 1)[batch.source_C]
+    return _states(output, split=split).flatten(0, 1)[batch.source_C]
+
+
+def _states(output: Any, *, split: bool) -> Tensor:
+    """Hidden states [B, L, H], or logits [B, L, V] of a model that is not split."""
+    states: Tensor = output.last_hidden_state if split else output.logits
+    return states
 
 
 def packs(model: nn.Module) -> bool:
     """Whether `use_packing` found that `model` computes packed rows; False for a model it was never asked of."""
     return bool(getattr(model, "_dpo_packs", False))
+
+
+def packed(model: nn.Module, batch: MicroBatch) -> bool:
+    """Whether `model` computes this `batch` packed: not where a prompt has other frequencies with either answer."""
+    return packs(model) and shares_prompts(model, batch.segments)
 
 
 def padded_because(model: nn.Module) -> str:
@@ -115,14 +130,48 @@ def use_packing(model: Any) -> bool:
 
     It is tried on two short pairs rather than read off the configuration: linear attention, positions of the model's
     own, or attention that cannot be replaced show there. A model that fails keeps its own attention and is computed
-    padded.
+    padded. Either way a sequence is computed as if it were alone (`rope`).
+
+    Raises:
+        TrainingError: padded, it does not compute a sequence as it does alone, or its tokens see those after them.
     """
+    own_frequencies(model)
+    _require_plain(model)
     reason = _try_packing(model)
     model._dpo_packs = reason is None
     if reason is not None:
         model._dpo_padded_because = reason
         log.warning("%s is computed padded, which is slower: %s", type(model).__name__, reason)
     return reason is None
+
+
+@torch.no_grad()
+def _require_plain(model: Any) -> None:
+    """See `use_packing`. The probe's shortest sequence beside the others is compared with it alone, as transformers
+    computes it when nothing but its ids is given, and that with the same but for the last token."""
+    split = split_head(model) is not None
+    batch = padded(_probe().to(next(model.parameters()).device))
+    assert batch.attention_mask_BL is not None
+    lengths = batch.attention_mask_BL.sum(1)
+    row, length = int(lengths.argmin()), int(lengths.min())
+    ids_1L = batch.input_ids_BL[row : row + 1, :length]
+
+    def states(ids: Tensor) -> Tensor:
+        return _states((_body(model) if split else model)(input_ids=ids, use_cache=False), split=split)[0]
+
+    alone_LH, cut_LH = states(ids_1L), states(ids_1L[:, :-1])
+    beside_LH = _states(_run(model, batch, split=split), split=split)[row, :length]
+    tolerance = REFUSED if alone_LH.dtype in (torch.float32, torch.float64) else REFUSED_COARSE
+    if (beside_LH - alone_LH).norm() > tolerance * alone_LH.norm():
+        raise TrainingError(
+            f"{type(model).__name__} does not compute a sequence beside longer ones as it does alone, so what it "
+            "learns from a row would depend on its neighbours; use a model that takes right padding and position_ids"
+        )
+    if (alone_LH[:-1] - cut_LH).norm() > tolerance * cut_LH.norm():
+        raise TrainingError(
+            f"the tokens of this {type(model).__name__} see those after them, so it gives no probabilities of answers; "
+            "use a causal model (of an encoder, is_decoder in config.json makes one)"
+        )
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from dpo_service.train import metrics
 from dpo_service.train.batch import MicroBatch
 from dpo_service.train.flops import Cost
 from dpo_service.train.guard import Guard
-from dpo_service.train.logprobs import Completions, completion_logps, packs
+from dpo_service.train.logprobs import Completions, completion_logps, packed
 from dpo_service.train.losses import DIVISOR, LossInputs, pair_weights, row_losses
 from dpo_service.train.moving import MovingReference
 from dpo_service.train.optim import clip_gradients, learning_rate, trained_parameters
@@ -154,7 +154,7 @@ def _forward(
     flops = state.cost.of_pairs(batch.segments)
     if batch.mismatched is not None:
         flops += state.forward_cost.of_pairs(batch.mismatched.segments)
-    work = metrics.of_work(batch, packed=packs(model), flops=flops)
+    work = metrics.of_work(batch, packed=packed(model, batch), flops=flops)
     return loss_P, metrics.of_batch(batch, completions, inputs, loss_P, state.run.loss) | work
 
 

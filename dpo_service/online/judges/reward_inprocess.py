@@ -20,6 +20,7 @@ from dpo_service.errors import InvalidSpec, JudgeError, ModelRefused
 from dpo_service.online.judges.reward_model import Ids
 from dpo_service.specs.judge import RewardModelJudgeSpec
 from dpo_service.train.pretrained import read
+from dpo_service.train.rope import own_frequencies
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,7 +35,8 @@ class RewardModel:
         """
         self._model = _load(directory, spec).to(device)
         self._device = device
-        self._batch_tokens = spec.batch_tokens
+        # Where a score depends on the longest sequence of its batch, each is a batch of its own.
+        self._batch_tokens = 1 if own_frequencies(self._model) else spec.batch_tokens
         self._vocabulary = self._model.get_input_embeddings().num_embeddings
 
     def scores(self, sequences: Sequence[Ids]) -> list[float]:

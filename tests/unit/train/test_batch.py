@@ -35,7 +35,7 @@ def test_padded_holds_the_same_sequences_in_the_same_order():
     batch = padded(collate(PAIRS))
     assert batch.input_ids_BL.tolist() == [[11, 12, 21, 22], [13, 23, 0, 0], [11, 12, 31, 0], [13, 33, 34, 0]]
     assert batch.attention_mask_BL.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]]
-    assert batch.position_ids_BL.tolist() == [[0, 1, 2, 3]] * 4
+    assert batch.position_ids_BL.tolist() == [[0, 1, 2, 3], [0, 1, 1, 1], [0, 1, 2, 2], [0, 1, 2, 2]]
     assert batch.source_C.tolist() == [1, 2, 4, 9, 12, 13]
     assert torch.equal(batch.target_C, batch.input_ids_BL.flatten()[batch.source_C + 1])
     assert torch.equal(batch.owner_C, collate(PAIRS).owner_C)

@@ -162,3 +162,16 @@ def test_a_batch_that_uses_the_whole_vocabulary_is_split(decoder):
     ids = list(range(400))
     sequences = [ids[:150], ids[150:300], ids[300:], [1, 1, 7, 1]]
     assert model.scores(sequences) == pytest.approx(one_by_one(decoder, sequences), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_score_does_not_depend_on_longer_answers_beside_it_or_before_it(tmp_path, kind):
+    scaled = {"dynamic": {"factor": 4.0}, "longrope": {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16}}[kind]
+    parameters = {"rope_type": kind, "rope_theta": 10_000.0, "original_max_position_embeddings": 32} | scaled
+    length = 32 if kind == "dynamic" else 256
+    directory = save_reward_model(tmp_path, rope_parameters=parameters, max_position_embeddings=length)
+    model = RewardModel(directory, RewardModelJudgeSpec(model="rm"))
+    sequences = [[number % 300 + 5 for number in range(start, start + length)] for start, length in ((1, 9), (3, 90))]
+    expected = [one_by_one(directory, [ids])[0] for ids in sequences]
+    assert model.scores(sequences) == pytest.approx(expected, abs=1e-5)
+    assert model.scores(sequences[:1]) == pytest.approx(expected[:1], abs=1e-5)
