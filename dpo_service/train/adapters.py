@@ -5,6 +5,7 @@ the model is computed. By default it is on every linear layer of the decoder's l
 
     experts of a mixture        one array for all of them: peft's adapter over it cannot be added into the weights
     routers and gates           they choose, and do not transform; their classes give more than a product
+    indexers                    they choose the keys of sparse attention, and have no gradient
     state-space mixers          fused kernels read the weights of all but their first layer past the layer's own forward
     output head, embedding      not by default; a job may name them
 """
@@ -22,8 +23,8 @@ from dpo_service.errors import InvalidSpec, TrainingError
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.train.layers import decoder_layers
 
-_CHOOSES = re.compile(r"(^|_)(router|gate|coefs)$")
-"""Last part of the name of a layer that weighs or chooses."""
+_CHOOSES = re.compile(r"(^|[._])(router|gate|coefs)$|(^|\.)indexer\.")
+"""The path of a layer that weighs or chooses."""
 SHOWN = 12
 PARAM = "lora.target_modules"
 
@@ -70,7 +71,7 @@ def _why_not(root: nn.Module, path: str, module: nn.Module) -> str | None:
     if not isinstance(module, nn.Linear | Conv1D):
         return f"it is a {type(module).__name__}, and no linear layer"
     parent, _, name = path.rpartition(".")
-    if _CHOOSES.search(name):
+    if _CHOOSES.search(path):
         return "it chooses or weighs, and does not transform"
     mixer = root.get_submodule(parent)
     if hasattr(mixer, "A_log") and hasattr(mixer, "D") and not name.startswith("in_proj"):
