@@ -23,9 +23,9 @@ import jinja2.utils
 import tokenizers
 
 from dpo_service.errors import InvalidData, InvalidSpec
+from dpo_service.rows.backend import build, read_json
 from dpo_service.rows.messages import Message
 
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -47,7 +47,8 @@ class Tokenizer:
         self.eos_token_id = backend.token_to_id(self.eos_token) if self.eos_token else None
         self._beyond: frozenset[int] = frozenset()
         """Ids that the model's embedding has no row for."""
-        self.digest = _digest(backend.to_str(), json.dumps(self.special_tokens, sort_keys=True))
+        split = ("split_special_tokens",) if backend.encode_special_tokens else ()
+        self.digest = _digest(backend.to_str(), json.dumps(self.special_tokens, sort_keys=True), *split)
         """sha256 of the tokenizer: vocabulary, rules and special tokens."""
 
     @staticmethod
@@ -64,13 +65,9 @@ class Tokenizer:
                 param="model",
             )
         try:
-            config = _read_json(model_dir / "tokenizer_config.json")
-            if "added_tokens_decoder" not in config:
-                config |= _read_json(model_dir / "special_tokens_map.json")
-            backend = tokenizers.Tokenizer.from_file(str(path))
-            _add_missing(backend, config)
-            tokenizer = Tokenizer(backend, _special_tokens(config), _templates(model_dir, config))
-            tokenizer._beyond = _beyond(backend, _read_json(model_dir / "config.json"))
+            built = build(model_dir)
+            tokenizer = Tokenizer(built.backend, built.named, _templates(model_dir, built.config))
+            tokenizer._beyond = _beyond(built.backend, read_json(model_dir / "config.json"))
             return tokenizer
         except jinja2.TemplateSyntaxError as error:
             raise InvalidSpec(f"the model's chat template is not valid Jinja: {error}", param="model") from None
@@ -157,27 +154,6 @@ def _digest(*texts: str) -> str:
     return digest.hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _content(token: object) -> str | None:
-    """A token as config files write it: its text, or an object that holds it."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Tokens by the name templates know them under: the usual ones, and a model's own `*_token`s."""
-    named = {name: _content(config.get(name)) for name in _NAMED_TOKENS}
-    own = {k: _content(v) for k, v in config.items() if k.endswith("_token") and k not in _NAMED_TOKENS}
-    extra = config.get("extra_special_tokens")
-    if isinstance(extra, dict):
-        own |= {name: _content(token) for name, token in extra.items()}
-    return {name: token for name, token in (named | own).items() if token is not None}
-
-
 def _beyond(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> frozenset[int]:
     """Some tokenizers name tokens of another model of their family (Gemma 3's of images): an id is refused where a row
     has it, not for being there."""
@@ -187,17 +163,6 @@ def _beyond(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> frozens
     else:
         ids = backend.get_vocab().values()
     return frozenset(number for number in ids if isinstance(rows, int) and number >= rows)
-
-
-def _add_missing(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Tokens that the configuration names and tokenizer.json does not have, in the order of their ids."""
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    declared = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
-    tokens = [tokenizers.AddedToken(**value) for _, value in declared if value["content"] not in known]
-    known |= {token.content for token in tokens}
-    named = [token for token in _special_tokens(config).values() if token not in known]
-    tokens += [tokenizers.AddedToken(token, special=True, normalized=False) for token in dict.fromkeys(named)]
-    backend.add_tokens(tokens)
 
 
 def _templates(model_dir: Path, config: Mapping[str, Any]) -> dict[str, str]:
