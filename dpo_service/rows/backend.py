@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, processors
 
-from dpo_service.rows.rebuilt import BYTE_LEVEL, Declared, Recipe
+from dpo_service.rows.rebuilt import BYTE_LEVEL, RECIPES, Declared, Recipe
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -40,7 +40,7 @@ def build(model_dir: Path) -> Built:
     stored = (model_dir / "tokenizer.json").read_text(encoding="utf-8")
     given = read_json(model_dir / "tokenizer_config.json")
     config = given if "added_tokens_decoder" in given else _with_map(given, model_dir)
-    recipe = _declared(given, read_json(model_dir / "config.json"), stored).recipe
+    recipe = RECIPES.get(_built_as(given, read_json(model_dir / "config.json"), stored))
     rebuilt = _rebuilt(stored, recipe, config) if recipe else None
     backend = rebuilt or tokenizers.Tokenizer.from_str(stored)
     named = _named(config, recipe.named if recipe and rebuilt else {})
@@ -66,14 +66,22 @@ def _with_map(given: Mapping[str, Any], model_dir: Path) -> dict[str, Any]:
     return config
 
 
-def _declared(given: Mapping[str, Any], model: Mapping[str, Any], stored: str) -> Declared:
+def class_of(model_dir: Path) -> str:
+    """The class of transformers that builds the tokenizer of a directory with a tokenizer.json, as far as it matters:
+    one of `RECIPES`, or `AS_STORED`."""
+    stored = (model_dir / "tokenizer.json").read_text(encoding="utf-8")
+    return _built_as(read_json(model_dir / "tokenizer_config.json"), read_json(model_dir / "config.json"), stored)
+
+
+def _built_as(given: Mapping[str, Any], model: Mapping[str, Any], stored: str) -> str:
     code = given.get("auto_map")
-    return Declared(
+    declared = Declared(
         model_type=model.get("model_type") or "",
         tokenizer_class=given.get("tokenizer_class") or model.get("tokenizer_class") or "",
         has_code=bool(code if isinstance(code, list) else (code or {}).get("AutoTokenizer")),
         byte_level=f'"{BYTE_LEVEL}"' in stored,
     )
+    return declared.built_as
 
 
 def _rebuilt(stored: str, recipe: Recipe, config: dict[str, Any]) -> tokenizers.Tokenizer | None:

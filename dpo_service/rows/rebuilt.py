@@ -187,9 +187,9 @@ AS_STORED = "TokenizersBackend"
 _MODELS: Mapping[str, str] = {
     AS_STORED: (
         "aria beam bigbird_pegasus ernie4_5 ernie4_5_moe flex_olmo fuyu glm glm4 glm4_moe glm4_moe_lite glm4v "
-        "glm4v_moe got_ocr2 gpt_bigcode granite granitemoe granitemoehybrid granitemoeshared hyperclovax internlm2 internlm3 "
-        "iquestcoder jamba kimi_k25 kimi_linear kosmos-2 llava llava_next mimo_v2_flash minicpm3 minicpm_ocr "
-        "minicpmv4_6 minicpmv4_7 minimax_m2 ministral ministral3 mistral mistral3 mistral_large4 mixtral "
+        "glm4v_moe got_ocr2 gpt_bigcode granite granitemoe granitemoehybrid granitemoeshared hyperclovax internlm2 "
+        "internlm3 iquestcoder jamba kimi_k25 kimi_linear kosmos-2 llava llava_next mimo_v2_flash minicpm3 "
+        "minicpm_ocr minicpmv4_6 minicpmv4_7 minimax_m2 ministral ministral3 mistral mistral3 mistral_large4 mixtral "
         "modernbert-decoder molmo2 nemotron olmo2 olmo3 olmo_hybrid paddleocr_vl persimmon phi3 phimoe pix2struct "
         "pixtral smolvlm stablelm vipllava xlm-roberta-xl"
     ),
@@ -229,15 +229,16 @@ class Declared:
     """tokenizer.json mentions byte-level rules."""
 
     @property
-    def recipe(self) -> Recipe | None:
-        """As AutoTokenizer chooses the class; None = the file is read as it is."""
+    def built_as(self) -> str:
+        """As AutoTokenizer chooses the class: one of `RECIPES`, or that which reads the file as it is."""
         registered = REGISTERED.get(self.model_type, "")
         wanted = self.tokenizer_class.removesuffix("Fast")
         if wanted == "LlamaTokenizer" and self.byte_level and not self.has_code and not self._misdeclared:
-            return None
+            return AS_STORED
         if wanted and registered and not self.has_code:
             wanted = registered if self._misdeclared or registered == AS_STORED else wanted
-        return RECIPES.get(wanted or registered)
+        name = wanted or registered
+        return name if name in RECIPES else AS_STORED
 
     @property
     def _misdeclared(self) -> bool:

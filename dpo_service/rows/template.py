@@ -86,7 +86,7 @@ class Tokenizer:
     @functools.cached_property
     def tokens_per_byte(self) -> int | None:
         """At most so many tokens come of one byte of UTF-8 text; None = no such bound is known."""
-        state = json.loads(self._backend.to_str())["normalizer"] if self._backend.normalizer is not None else None
+        state = self.rules()["normalizer"] if self._backend.normalizer is not None else None
         kinds = [state] if state and state["type"] != "Sequence" else (state or {}).get("normalizers", [])
         # NFC makes at most three characters of one (Unicode UAX #15, table 6); compatibility forms make up to eighteen.
         bounds = {"NFC": 3, "Prepend": 1, "Replace": 1, "Lowercase": 3}
@@ -95,14 +95,28 @@ class Tokenizer:
         return max([1, *(bounds[kind["type"]] for kind in kinds)])
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. One that brings its own beginning-of-sequence token does not get a second one."""
+        """Token ids of a text. One that brings its own beginning-of-sequence token does not get a second one.
+
+        Raises:
+            InvalidData: the model has no row for a token.
+        """
         if self.bos_token and text.startswith(self.bos_token):
             add_special_tokens = False
-        # The batch call leaves out the offsets, which costs a third of the time.
-        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        ids = self.ids(text, add_special_tokens=add_special_tokens)
         if self._beyond and not self._beyond.isdisjoint(ids):
             raise self._not_embedded(next(number for number in ids if number in self._beyond))
         return ids
+
+    def ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text, whatever it begins with and whatever the model has rows for."""
+        # The batch call leaves out the offsets, which costs a third of the time.
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    def rules(self) -> Mapping[str, Any]:
+        """The tokenizer in the layout of a tokenizer.json."""
+        state: Mapping[str, Any] = json.loads(self._backend.to_str())
+        return state
 
     def _not_embedded(self, number: int) -> InvalidData:
         return InvalidData(
