@@ -136,7 +136,13 @@ def llama_with_lost_tokens(directory: Path) -> Path:
 
 
 def code_llama(directory: Path) -> Path:
-    config = {"tokenizer_class": "CodeLlamaTokenizer", **NAMES, "fill_token": None}
+    """The class writes the beginning of a sequence, and the file does not."""
+    state = pieces("<unk>", "<s>", "</s>") | {"post_processor": None}
+    return save(directory, state, {"tokenizer_class": "CodeLlamaTokenizer", **NAMES}, model_type="code_llama")
+
+
+def code_llama_without_beginning(directory: Path) -> Path:
+    config = {"tokenizer_class": "CodeLlamaTokenizer", **NAMES, "bos_token": None}
     return save(directory, pieces("<unk>", "<s>", "</s>"), config, model_type="code_llama")
 
 
@@ -168,8 +174,9 @@ def gemma(directory: Path) -> Path:
 
 
 def qwen2(directory: Path, declared: str = "Qwen2Tokenizer", model_type: str = "qwen2") -> Path:
-    """The file's own rules are of GPT-2; the class has Qwen's."""
+    """The file's own rules are of GPT-2; the class has Qwen's, and special tokens without flags."""
     state = of_bytes("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    state["added_tokens"][2] |= {"lstrip": True, "rstrip": True}
     config = {
         "tokenizer_class": declared,
         "eos_token": "<|im_end|>",
@@ -231,6 +238,12 @@ def special_tokens_split(directory: Path) -> Path:
     return plain(directory, split_special_tokens=True)
 
 
+def named_token_declared_as_plain(directory: Path) -> Path:
+    """A token with a name is special, whatever the list says, so it is split with the others."""
+    listed = {"1": {k: v for k, v in token(1, "<|eos|>", special=False).items() if k != "id"}}
+    return plain(directory, split_special_tokens=True, added_tokens_decoder=listed)
+
+
 def special_tokens_in_config(directory: Path) -> Path:
     return plain(directory, additional_special_tokens=["<|tool|>", "<|call|>"])
 
@@ -272,9 +285,15 @@ def rewritten(directory: Path, name: str, **entries: Any) -> Path:
     return directory
 
 
+def special_tokens_in_both(directory: Path) -> Path:
+    further = {"additional_special_tokens": ["<|other|>"], "extra_special_tokens": ["<|more|>"]}
+    plain(directory, additional_special_tokens=["<|tool|>"])
+    return rewritten(directory, "special_tokens_map", **further)
+
+
 CASES: tuple[Callable[[Path], Path], ...] = (
     llama, llama_turns, llama_legacy, llama_without_prefix, llama_with_lost_tokens, llama_of_bytes, code_llama,
-    mistral, phi3, gemma, qwen2, qwen2_misdeclared, qwen3_misdeclared, qwen3_5, gpt2, gpt2_with_prefix,
-    gpt2_undeclared, gpt_neox, cohere, plain, prefix_in_name_only, special_tokens_split, special_tokens_in_config,
-    extra_special_tokens, special_tokens_in_map,
+    code_llama_without_beginning, mistral, phi3, gemma, qwen2, qwen2_misdeclared, qwen3_misdeclared, qwen3_5, gpt2,
+    gpt2_with_prefix, gpt2_undeclared, gpt_neox, cohere, plain, prefix_in_name_only, special_tokens_split,
+    named_token_declared_as_plain, special_tokens_in_both, special_tokens_in_config, extra_special_tokens, special_tokens_in_map,
 )  # fmt: skip

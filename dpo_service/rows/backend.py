@@ -1,8 +1,8 @@
 """A model directory's tokenizer as AutoTokenizer of transformers 5 builds it from the same files, without transformers.
 
-tokenizer.json ── class of the tokenizer? ── none that is rebuilt ──> as stored ──┐
-                                         └── rebuilt.py ──> its own rules ────────┴─> added and special tokens
-tokenizer_config.json, special_tokens_map.json, added_tokens.json ──────────────────────────────┘
+tokenizer.json ── the tokenizer's class ─┬─ reads it as it is ──────────┐
+                                         └─ has own rules (rebuilt.py) ─┴─> with added and special tokens
+tokenizer_config.json, special_tokens_map.json, added_tokens.json ─────────────────┘
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def build(model_dir: Path) -> Built:
     _add(backend, _declared_tokens(config, model_dir, stored), named, special)
     if recipe and recipe.renews_special and rebuilt:
         backend.add_tokens([AddedToken(token.content, special=True) for token in special])
-    if recipe and recipe.begins and rebuilt:
+    if recipe and recipe.begins and rebuilt and "bos_token" in named:
         _begin_with(backend, named["bos_token"].content)
     backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
     return Built(backend, {name: token.content for name, token in named.items()}, config)

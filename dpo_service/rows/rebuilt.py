@@ -89,6 +89,7 @@ def _code_llama(config: Json) -> Json:
         "normalizer": None,
         "pre_tokenizer": _metaspace("never" if prefix is not None and not prefix else "first"),
         "decoder": _spaces_back({"type": "Strip", "content": " ", "start": 1, "stop": 0}),
+        "post_processor": None,
     }
 
 

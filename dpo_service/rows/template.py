@@ -1,7 +1,8 @@
 """A model's tokenizer and chat template, without transformers: `tokenizers` and a Jinja sandbox.
 
-Its output equals that of transformers 5 (`AutoTokenizer`, `apply_chat_template`), which TRL and vLLM use; a test holds
-it to that. This is the one place of the service that turns text into token ids.
+Its output equals that of transformers 5 (`AutoTokenizer`, `apply_chat_template`), which TRL and vLLM use; tests hold
+it to that, and so does the inspection of each model (`inspection/tokenizer.py`). This is the one place of the service
+that turns text into token ids.
 """
 
 from __future__ import annotations

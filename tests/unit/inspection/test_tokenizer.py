@@ -151,6 +151,15 @@ def test_a_tokenizer_that_needs_code_is_refused(tmp_path):
     assert "without code of the model's own" in message
 
 
+def test_a_row_that_the_class_fills_in_is_refused(tmp_path):
+    """Code Llama's class reads one of its tokens as a place to fill in, and moves what follows it."""
+    build.code_llama(tmp_path)
+    assert refused(tmp_path, samples=(SampleRow(line=1, texts=("def f():",)),)) == []
+    (message,) = refused(tmp_path, samples=(SampleRow(line=1, texts=("def <FILL_ME>:",)),))
+    assert "of 'def <FILL_ME>:' (line 1 of the training file)" in message
+    assert "AutoTokenizer (CodeLlamaTokenizer)" in message
+
+
 def test_tekken_comes_before_tokenizer_json(tmp_path):
     """Where mistral-common is installed, transformers reads Mistral's own file."""
     pytest.importorskip("mistral_common")
