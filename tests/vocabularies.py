@@ -240,8 +240,8 @@ def special_tokens_split(directory: Path) -> Path:
 
 def named_token_declared_as_plain(directory: Path) -> Path:
     """A token with a name is special, whatever the list says, so it is split with the others."""
-    listed = {"1": {k: v for k, v in token(1, "<|eos|>", special=False).items() if k != "id"}}
-    return plain(directory, split_special_tokens=True, added_tokens_decoder=listed)
+    listed = {"353": {k: v for k, v in token(353, "<|end|>", special=False).items() if k != "id"}}
+    return plain(directory, split_special_tokens=True, eos_token="<|end|>", added_tokens_decoder=listed)
 
 
 def special_tokens_in_config(directory: Path) -> Path:
@@ -285,6 +285,11 @@ def rewritten(directory: Path, name: str, **entries: Any) -> Path:
     return directory
 
 
+def special_tokens_listed_twice(directory: Path) -> Path:
+    plain(directory, additional_special_tokens=["<|tool|>"])
+    return rewritten(directory, "special_tokens_map", additional_special_tokens=["<|other|>"])
+
+
 def special_tokens_in_both(directory: Path) -> Path:
     further = {"additional_special_tokens": ["<|other|>"], "extra_special_tokens": ["<|more|>"]}
     plain(directory, additional_special_tokens=["<|tool|>"])
@@ -295,5 +300,6 @@ CASES: tuple[Callable[[Path], Path], ...] = (
     llama, llama_turns, llama_legacy, llama_without_prefix, llama_with_lost_tokens, llama_of_bytes, code_llama,
     code_llama_without_beginning, mistral, phi3, gemma, qwen2, qwen2_misdeclared, qwen3_misdeclared, qwen3_5, gpt2,
     gpt2_with_prefix, gpt2_undeclared, gpt_neox, cohere, plain, prefix_in_name_only, special_tokens_split,
-    named_token_declared_as_plain, special_tokens_in_both, special_tokens_in_config, extra_special_tokens, special_tokens_in_map,
+    named_token_declared_as_plain, special_tokens_in_both, special_tokens_in_config, special_tokens_listed_twice,
+    extra_special_tokens, special_tokens_in_map,
 )  # fmt: skip
