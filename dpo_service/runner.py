@@ -28,6 +28,7 @@ from dpo_service.manifests.dataset import DatasetManifest
 from dpo_service.manifests.inspection import InspectionRequest
 from dpo_service.reports import Reporter
 from dpo_service.rows.balance import notes
+from dpo_service.rows.sample import sample_rows
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.specs.run import AttemptSpec, RunSpec
 from dpo_service.specs.sampling import SamplerSpec
@@ -108,7 +109,7 @@ def _stages(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
     model_dir = locate_model(store, run.model)
     digest = digest_of(model_dir)
     _require_same_base(store, run, digest)
-    _require_sound(run, model_dir, reporter)
+    _require_sound(store, run, model_dir, reporter)
     if run.reference.mode != "none":
         reporter.reference(0, digest)
     dataset = _prepare(store, spec, model_dir, digest, reporter)
@@ -210,11 +211,12 @@ def _require_same_base(store: Store, run: RunSpec, digest: str) -> None:
         raise error
 
 
-def _require_sound(run: RunSpec, model_dir: Path, reporter: Reporter) -> None:
+def _require_sound(store: Store, run: RunSpec, model_dir: Path, reporter: Reporter) -> None:
     """Raises InvalidSpec where the model cannot be trained as the job asks: known before a row is read."""
     from dpo_service.inspection.inspect import inspect, require
 
-    report = inspect(InspectionRequest(directory=str(model_dir), lora=run.lora))
+    samples = sample_rows(store.path(run.data.training_file), run.data.training_name, run.data.rows)
+    report = inspect(InspectionRequest(directory=str(model_dir), lora=run.lora, samples=samples))
     for note in report.notes:
         reporter.message(note)
     require(report)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dpo_service.errors import DpoServiceError, InvalidSpec
-from dpo_service.inspection import adapters, positions, weights
+from dpo_service.inspection import adapters, positions, stops, tokenizer, weights
 from dpo_service.inspection.subject import Subject
 from dpo_service.manifests.inspection import Fault, Inspection, InspectionRequest
 
 Part = Callable[[Subject], None]
 
-PARTS: tuple[Part, ...] = (weights.look, adapters.look, positions.look)
+PARTS: tuple[Part, ...] = (weights.look, adapters.look, positions.look, tokenizer.look, stops.look)
 """In this order. A part that raises a DpoServiceError ends the inspection with that fault."""
 
 

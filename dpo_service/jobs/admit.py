@@ -39,6 +39,7 @@ from dpo_service.rows.formats import Format
 from dpo_service.rows.holdout import Mask, hold_out
 from dpo_service.rows.kinds import usable
 from dpo_service.rows.mismatch import mismatched_rows
+from dpo_service.rows.sample import sample_rows
 from dpo_service.rows.template import Tokenizer
 from dpo_service.settings import Settings
 from dpo_service.specs.job import JobSpec
@@ -116,7 +117,9 @@ async def admit(
     model = await resolve(spec.model, database=database, store=store, settings=settings)
     named = await files_of(spec, database, clock)
     choices.max_length(spec, model.max_length)
-    notes = await asyncio.to_thread(inspected, spec, model) if settings.inspect_models else ()
+    notes: tuple[str, ...] = ()
+    if settings.inspect_models:
+        notes = await asyncio.to_thread(inspected, spec, model, named, lambda file: store.path(file.key))
     _require_capacity(spec, await _capacity(cluster))
     reward_model = None
     if isinstance(spec.judge, RewardModelJudgeSpec):
@@ -128,7 +131,7 @@ async def admit(
     return found.run, found.report.model_copy(update={"warnings": (*notes, *found.report.warnings)})
 
 
-def inspected(spec: JobSpec, model: ModelFacts) -> tuple[str, ...]:
+def inspected(spec: JobSpec, model: ModelFacts, named: Files, place: Place) -> tuple[str, ...]:
     """What transformers notes of the model and of the job on it; takes seconds, so it belongs in a thread.
 
     Raises:
@@ -138,7 +141,12 @@ def inspected(spec: JobSpec, model: ModelFacts) -> tuple[str, ...]:
         quantised_as(json.loads((model.directory / "config.json").read_text()))
     except ModelRefused as error:
         raise ModelRefused(f"model {spec.model!r} cannot be trained: {error.message}", param="model") from None
-    request = InspectionRequest(directory=str(model.directory), weights_here=model.weight_bytes > 0, lora=spec.lora)
+    request = InspectionRequest(
+        directory=str(model.directory),
+        weights_here=model.weight_bytes > 0,
+        lora=spec.lora,
+        samples=sample_rows(place(named.training), named.training.name, spec.method.row.rows),
+    )
     report = inspect_model(request)
     if report is None:
         return ()

@@ -84,7 +84,7 @@ def on(spec: JobSpec, gpu: str | None, gpus: int | None) -> JobSpec:
 def _planned(
     spec: JobSpec, gpu: str | None, model: ModelFacts, named: Files, place: Place, *, inspect: bool = True
 ) -> Planned:
-    notes = inspected(spec, model) if inspect else ()
+    notes = inspected(spec, model, named, place) if inspect else ()
     shape = read_shape(model.directory, spec.model)
     found = consider(spec, model, named, place)
     kind = device(gpu or device_of(found.run))

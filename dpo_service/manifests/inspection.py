@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.specs.base import Spec
+
+
+class SampleRow(Spec):
+    """A row of the job's training file, as text and conversations."""
+
+    line: int
+    texts: tuple[str, ...] = ()
+    """The prompt, then the prompt with each of its answers."""
+    conversations: tuple[tuple[dict[str, Any], ...], ...] = ()
+    """The same, where a chat template renders it."""
+    tools: tuple[dict[str, Any], ...] | None = None
 
 
 class InspectionRequest(Spec):
@@ -15,6 +28,8 @@ class InspectionRequest(Spec):
     """False where only the model's description has been fetched from the hub."""
     lora: LoraSpec | None = None
     """The adapter that the job trains."""
+    samples: tuple[SampleRow, ...] = ()
+    """Some of the job's rows (`rows/sample.py`). Without them the model is looked at alone."""
 
 
 class Fault(Spec):

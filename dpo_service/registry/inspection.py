@@ -5,6 +5,7 @@ An answer is kept for as long as the files it is about stay as they are: startin
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import subprocess
 import sys
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 120.0
 KEPT = 64
 
-_kept: dict[tuple[object, ...], Inspection] = {}
+_kept: dict[tuple[str, tuple[tuple[str, int, int], ...]], Inspection] = {}
 
 
 def inspect_model(request: InspectionRequest) -> Inspection | None:
@@ -29,7 +30,9 @@ def inspect_model(request: InspectionRequest) -> Inspection | None:
     """
     if find_spec("transformers") is None or find_spec("torch") is None:
         return None
-    key = (request, _state(Path(request.directory)))
+    # The rows in a request are of no use to the next one, so the key has their digest.
+    asked = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+    key = (asked, _state(Path(request.directory)))
     if key not in _kept:
         report = _ask(request)
         if report is None:

@@ -1,7 +1,8 @@
 """A model's tokenizer and chat template, without transformers: `tokenizers` and a Jinja sandbox.
 
-Its output equals that of transformers 5 (`AutoTokenizer`, `apply_chat_template`), which TRL and vLLM use; a test holds
-it to that. This is the one place of the service that turns text into token ids.
+Its output equals that of transformers 5 (`AutoTokenizer`, `apply_chat_template`), which TRL and vLLM use; tests hold
+it to that, and so does the inspection of each model (`inspection/tokenizer.py`). This is the one place of the service
+that turns text into token ids.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import jinja2.utils
 import tokenizers
 
 from dpo_service.errors import InvalidData, InvalidSpec
+from dpo_service.rows.backend import build, read_json
 from dpo_service.rows.messages import Message
 
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -47,7 +48,8 @@ class Tokenizer:
         self.eos_token_id = backend.token_to_id(self.eos_token) if self.eos_token else None
         self._beyond: frozenset[int] = frozenset()
         """Ids that the model's embedding has no row for."""
-        self.digest = _digest(backend.to_str(), json.dumps(self.special_tokens, sort_keys=True))
+        split = ("split_special_tokens",) if backend.encode_special_tokens else ()
+        self.digest = _digest(backend.to_str(), json.dumps(self.special_tokens, sort_keys=True), *split)
         """sha256 of the tokenizer: vocabulary, rules and special tokens."""
 
     @staticmethod
@@ -64,13 +66,9 @@ class Tokenizer:
                 param="model",
             )
         try:
-            config = _read_json(model_dir / "tokenizer_config.json")
-            if "added_tokens_decoder" not in config:
-                config |= _read_json(model_dir / "special_tokens_map.json")
-            backend = tokenizers.Tokenizer.from_file(str(path))
-            _add_missing(backend, config)
-            tokenizer = Tokenizer(backend, _special_tokens(config), _templates(model_dir, config))
-            tokenizer._beyond = _beyond(backend, _read_json(model_dir / "config.json"))
+            built = build(model_dir)
+            tokenizer = Tokenizer(built.backend, built.named, _templates(model_dir, built.config))
+            tokenizer._beyond = _beyond(built.backend, read_json(model_dir / "config.json"))
             return tokenizer
         except jinja2.TemplateSyntaxError as error:
             raise InvalidSpec(f"the model's chat template is not valid Jinja: {error}", param="model") from None
@@ -89,7 +87,7 @@ class Tokenizer:
     @functools.cached_property
     def tokens_per_byte(self) -> int | None:
         """At most so many tokens come of one byte of UTF-8 text; None = no such bound is known."""
-        state = json.loads(self._backend.to_str())["normalizer"] if self._backend.normalizer is not None else None
+        state = self.rules()["normalizer"] if self._backend.normalizer is not None else None
         kinds = [state] if state and state["type"] != "Sequence" else (state or {}).get("normalizers", [])
         # NFC makes at most three characters of one (Unicode UAX #15, table 6); compatibility forms make up to eighteen.
         bounds = {"NFC": 3, "Prepend": 1, "Replace": 1, "Lowercase": 3}
@@ -98,14 +96,28 @@ class Tokenizer:
         return max([1, *(bounds[kind["type"]] for kind in kinds)])
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. One that brings its own beginning-of-sequence token does not get a second one."""
+        """Token ids of a text. One that brings its own beginning-of-sequence token does not get a second one.
+
+        Raises:
+            InvalidData: the model has no row for a token.
+        """
         if self.bos_token and text.startswith(self.bos_token):
             add_special_tokens = False
-        # The batch call leaves out the offsets, which costs a third of the time.
-        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        ids = self.ids(text, add_special_tokens=add_special_tokens)
         if self._beyond and not self._beyond.isdisjoint(ids):
             raise self._not_embedded(next(number for number in ids if number in self._beyond))
         return ids
+
+    def ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text, whatever it begins with and whatever the model has rows for."""
+        # The batch call leaves out the offsets, which costs a third of the time.
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    def rules(self) -> Mapping[str, Any]:
+        """The tokenizer in the layout of a tokenizer.json."""
+        state: Mapping[str, Any] = json.loads(self._backend.to_str())
+        return state
 
     def _not_embedded(self, number: int) -> InvalidData:
         return InvalidData(
@@ -157,27 +169,6 @@ def _digest(*texts: str) -> str:
     return digest.hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _content(token: object) -> str | None:
-    """A token as config files write it: its text, or an object that holds it."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Tokens by the name templates know them under: the usual ones, and a model's own `*_token`s."""
-    named = {name: _content(config.get(name)) for name in _NAMED_TOKENS}
-    own = {k: _content(v) for k, v in config.items() if k.endswith("_token") and k not in _NAMED_TOKENS}
-    extra = config.get("extra_special_tokens")
-    if isinstance(extra, dict):
-        own |= {name: _content(token) for name, token in extra.items()}
-    return {name: token for name, token in (named | own).items() if token is not None}
-
-
 def _beyond(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> frozenset[int]:
     """Some tokenizers name tokens of another model of their family (Gemma 3's of images): an id is refused where a row
     has it, not for being there."""
@@ -187,17 +178,6 @@ def _beyond(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> frozens
     else:
         ids = backend.get_vocab().values()
     return frozenset(number for number in ids if isinstance(rows, int) and number >= rows)
-
-
-def _add_missing(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Tokens that the configuration names and tokenizer.json does not have, in the order of their ids."""
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    declared = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
-    tokens = [tokenizers.AddedToken(**value) for _, value in declared if value["content"] not in known]
-    known |= {token.content for token in tokens}
-    named = [token for token in _special_tokens(config).values() if token not in known]
-    tokens += [tokenizers.AddedToken(token, special=True, normalized=False) for token in dict.fromkeys(named)]
-    backend.add_tokens(tokens)
 
 
 def _templates(model_dir: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_service.errors import TrainingError
+from dpo_service.rows.backend import class_of, read_json
 from dpo_service.specs.adapter import LoraSpec
 from dpo_service.train.adapters import target_modules
 from dpo_service.train.logprobs import split_head, use_packing
@@ -26,6 +28,7 @@ COPIED = (
     "merges.txt",
     "*.tiktoken",
     "*.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
@@ -265,9 +268,20 @@ def export_adapter(policy: Any, adapter: dict[str, Tensor], directory: Path, bas
 
 
 def copy_tokenizer(base_dir: Path, directory: Path) -> None:
+    """The tokenizer's files, and what makes AutoTokenizer build it alike beside the configuration in `directory`."""
     for pattern in COPIED:
         for path in base_dir.glob(pattern):
             if path.is_dir():
                 shutil.copytree(path, directory / path.name, dirs_exist_ok=True)
             else:
                 shutil.copyfile(path, directory / path.name)
+    _keep_class(base_dir, directory)
+
+
+def _keep_class(base_dir: Path, directory: Path) -> None:
+    """A model with parts for images is published as its language model, whose `model_type` may stand for another class
+    of tokenizer."""
+    if not (base_dir / "tokenizer.json").is_file() or class_of(directory) == (name := class_of(base_dir)):
+        return
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(read_json(path) | {"tokenizer_class": name}, indent=2, ensure_ascii=False))

@@ -1,13 +1,15 @@
 """How an attempt begins and ends, without Ray: every way out leaves a result, and nothing runs twice."""
 
+import json
+import shutil
 import signal
 
 import pytest
 
 from dpo_service import runner
-from dpo_service.errors import CheckpointError, InvalidData, NonFiniteLoss, TrainingError
+from dpo_service.errors import CheckpointError, InvalidData, InvalidSpec, NonFiniteLoss, TrainingError
 from dpo_service.manifests.checkpoint import RunResult
-from dpo_service.reports import read_spool, spool_files
+from dpo_service.reports import Reporter, read_spool, spool_files
 from dpo_service.specs.data import DataSpec
 from dpo_service.specs.loss import LossSpec
 from dpo_service.specs.method import ReferenceSpec
@@ -17,6 +19,8 @@ from dpo_service.specs.run import AttemptSpec, BatchSpec, ModelSource, RunSpec
 from dpo_service.specs.sampling import SamplerSpec
 from dpo_service.storage import paths
 from dpo_service.storage.store import Store
+from tests.unit.train.training_kit import build_model
+from tests.vocabularies import unigram
 
 JOB = "ftjob-1"
 
@@ -136,3 +140,17 @@ def test_what_is_missing_is_said_in_words():
     own = SamplerSpec(samplers=2, gpus=1)
     assert runner.missing(asked, {"CPU": 4, "GPU": 2}, own) == ["4 GPUs (2 free)"]
     assert runner.missing(asked, {"CPU": 2, "GPU": 2}, own.model_copy(update={"shares_device": True})) == []
+
+
+def test_a_tokenizer_that_serves_other_ids_is_refused_on_the_jobs_own_rows(store, tmp_path):
+    """Where the service runs without transformers, the job is the first to know."""
+    base = build_model(tmp_path / "base")
+    unigram(tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tmp_path / "other" / name, base / name)
+    rows = [{"prompt": "the a", "chosen": "b", "rejected": "c"}] * 2
+    store.write("files/f/f", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    reporter = Reporter(tmp_path / "spool", "driver", url=None, token="t")
+    with pytest.raises(InvalidSpec, match=r"of 'the a' \(line 1 of the training file") as caught:
+        runner._require_sound(store, attempt(store).run, base, reporter)
+    assert caught.value.param == "model"

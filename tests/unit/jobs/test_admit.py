@@ -5,6 +5,8 @@ import pytest
 from dpo_service import ids
 from dpo_service.cluster.port import Capacity
 from dpo_service.errors import InvalidData, InvalidSpec, ModelNotFound, Unavailable
+from dpo_service.jobs import admit as admission
+from dpo_service.manifests.inspection import Inspection, InspectionRequest
 from dpo_service.registry import models
 from dpo_service.specs.loss import LOSS_TABLE
 from dpo_service.storage import paths
@@ -253,3 +255,24 @@ async def test_a_cluster_that_cannot_be_asked_is_no_fault_of_the_job(ready: Worl
     ready.cluster.unreachable = True
     with pytest.raises(Unavailable, match="try again"):
         await ask(ready)
+
+
+@pytest.mark.parametrize("rows", [PAIRS, CHATS])
+async def test_the_inspection_gets_rows_of_the_job(ready: World, monkeypatch, rows) -> None:
+    requests = []
+
+    def inspect(request: InspectionRequest) -> Inspection:
+        requests.append(request)
+        return Inspection(notes=("noted",))
+
+    monkeypatch.setattr(admission, "inspect_model", inspect)
+    monkeypatch.setattr(ready, "settings", ready.settings.model_copy(update={"inspect_models": True}))
+    _, report = await ask(ready, rows)
+    assert report.warnings[0] == "noted"
+    (request,) = requests
+    assert request.directory == str(ready.store.path(paths.user_model("base")))
+    assert [sample.line for sample in request.samples] == list(range(1, 13))
+    first = request.samples[0]
+    chat = rows is CHATS
+    assert first.texts == (() if chat else ("What is 0?", "What is 0?It is 0.", "What is 0?Not 0."))
+    assert [len(turns) for turns in first.conversations] == ([1, 2, 2] if chat else [])
