@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dpo_service.errors import DpoServiceError, InvalidSpec
-from dpo_service.inspection import adapters, positions, stops, tokenizer, weights
+from dpo_service.inspection import adapters, positions, size, stops, tokenizer, weights
 from dpo_service.inspection.subject import Subject
 from dpo_service.manifests.inspection import Fault, Inspection, InspectionRequest
 
 Part = Callable[[Subject], None]
 
-PARTS: tuple[Part, ...] = (weights.look, adapters.look, positions.look, tokenizer.look, stops.look)
+PARTS: tuple[Part, ...] = (weights.look, adapters.look, positions.look, tokenizer.look, stops.look, size.look)
 """In this order. A part that raises a DpoServiceError ends the inspection with that fault."""
 
 
@@ -25,7 +25,7 @@ def inspect(request: InspectionRequest) -> Inspection:
     except DpoServiceError as error:
         subject.faults.append(Fault(param=error.param or "model", message=error.message))
         name = ""
-    return Inspection(model_class=name, faults=tuple(subject.faults), notes=tuple(subject.notes))
+    return Inspection(model_class=name, faults=tuple(subject.faults), size=subject.size, notes=tuple(subject.notes))
 
 
 def require(report: Inspection) -> None:

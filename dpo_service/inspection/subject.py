@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_service.manifests.inspection import Fault, InspectionRequest
+from dpo_service.manifests.inspection import Fault, InspectionRequest, ModelSize
 
 
 @dataclass
@@ -17,6 +17,7 @@ class Subject:
     request: InspectionRequest
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    size: ModelSize | None = None
 
     @property
     def directory(self) -> Path:

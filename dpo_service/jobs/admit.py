@@ -26,7 +26,7 @@ from dpo_service.db.session import Database
 from dpo_service.errors import ClusterError, InvalidData, InvalidSpec, ModelRefused, NotFound, Unavailable
 from dpo_service.jobs import choices, sampled_checks, sampled_choices
 from dpo_service.manifests.dataset import DatasetReport
-from dpo_service.manifests.inspection import InspectionRequest
+from dpo_service.manifests.inspection import Inspection, InspectionRequest
 from dpo_service.planning.workload import Lengths
 from dpo_service.registry import files
 from dpo_service.registry.inspection import inspect_model
@@ -132,7 +132,13 @@ async def admit(
 
 
 def inspected(spec: JobSpec, model: ModelFacts, named: Files, place: Place) -> tuple[str, ...]:
-    """What transformers notes of the model and of the job on it; takes seconds, so it belongs in a thread.
+    """What transformers notes of the model and of the job on it; raises as `inspection`."""
+    return inspection(spec, model, named, place).notes
+
+
+def inspection(spec: JobSpec, model: ModelFacts, named: Files, place: Place, *, sized: bool = False) -> Inspection:
+    """What transformers knows of the model and of the job on it, its size where it is asked for; empty where it is not
+    installed. Takes seconds, so it belongs in a thread.
 
     Raises:
         InvalidSpec, ModelRefused: the job cannot work on it.
@@ -145,15 +151,14 @@ def inspected(spec: JobSpec, model: ModelFacts, named: Files, place: Place) -> t
         directory=str(model.directory),
         weights_here=model.weight_bytes > 0,
         lora=spec.lora,
+        sized=sized,
         samples=sample_rows(place(named.training), named.training.name, spec.method.row.rows),
     )
-    report = inspect_model(request)
-    if report is None:
-        return ()
+    report = inspect_model(request) or Inspection()
     if report.faults:
         fault = report.faults[0]
         raise InvalidSpec(f"model {spec.model!r} cannot be used: {fault.message}", param=fault.param)
-    return report.notes
+    return report
 
 
 async def files_of(spec: JobSpec, database: Database, clock: Clock | None = None) -> Files:

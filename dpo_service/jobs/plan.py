@@ -14,8 +14,9 @@ import psutil
 from dpo_service.clock import Clock
 from dpo_service.db.session import Database
 from dpo_service.errors import InvalidSpec, ModelNotFound
-from dpo_service.jobs.admit import Files, Place, consider, files_of, inspected
+from dpo_service.jobs.admit import Files, Place, consider, files_of, inspection
 from dpo_service.manifests.dataset import DatasetReport
+from dpo_service.manifests.inspection import Inspection
 from dpo_service.planning.plan import Plan, device, device_of, make_plan
 from dpo_service.planning.shape import read_shape
 from dpo_service.registry import hub
@@ -84,13 +85,13 @@ def on(spec: JobSpec, gpu: str | None, gpus: int | None) -> JobSpec:
 def _planned(
     spec: JobSpec, gpu: str | None, model: ModelFacts, named: Files, place: Place, *, inspect: bool = True
 ) -> Planned:
-    notes = inspected(spec, model, named, place) if inspect else ()
-    shape = read_shape(model.directory, spec.model)
+    report = inspection(spec, model, named, place, sized=True) if inspect else Inspection()
+    shape = read_shape(model.directory, spec.model, report.size)
     found = consider(spec, model, named, place)
     kind = device(gpu or device_of(found.run))
     memory = psutil.virtual_memory().total
     plan = make_plan(spec, found.run, shape, found.lengths, kind, memory)
-    return Planned(found.run, found.report, plan.model_copy(update={"notes": (*notes, *plan.notes)}))
+    return Planned(found.run, found.report, plan.model_copy(update={"notes": (*report.notes, *plan.notes)}))
 
 
 async def _model_here(name: str) -> ModelFacts:

@@ -43,7 +43,8 @@ class Exporter:
         self._held: Weights | None = None
         self._lent: int | None = None
         self._adapter = base_of(state.policy) is not state.policy
-        count = sum(parameter.numel() for parameter in trained_parameters(state.policy).values())
+        sent = trained_parameters(state.policy).values() if self._adapter else state.policy.parameters()
+        count = sum(parameter.numel() for parameter in sent)
         self._folder = WeightsFolder(count * (4 if self._adapter else BYTES[dtype]), shared=shared)
 
     @property

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from dpo_service.planning.shape import ModelShape
+from dpo_service.planning.shape import ModelShape, adapted
 from dpo_service.specs.optim import OptimizerName
 from dpo_service.specs.room import BUCKET_BYTES, KEPT_LOGITS, chunk_tokens
 from dpo_service.specs.run import Precision
@@ -145,7 +145,9 @@ def memory(shape: ModelShape, recipe: Recipe, load: Load) -> Memory:
 
 
 def trained_parameters(shape: ModelShape, recipe: Recipe) -> int:
-    return shape.lora_parameters(recipe.lora_rank, recipe.lora_targets) if recipe.lora_rank else shape.parameters
+    if recipe.lora_rank:
+        return shape.lora_parameters(recipe.lora_rank, recipe.lora_targets)
+    return shape.parameters - shape.frozen
 
 
 def _lasting(shape: ModelShape, recipe: Recipe) -> dict[str, float]:
@@ -165,7 +167,7 @@ def _base_bytes(shape: ModelShape, recipe: Recipe) -> float:
     embedding, head, norms and experts stay as they are."""
     if not recipe.four_bits:
         return shape.parameters * recipe.weight_bytes
-    packed = shape.layers * sum(linear.into * linear.out for linear in shape.linears.values())
+    packed = shape.matrix_parameters
     return packed * FOUR_BITS + (shape.parameters - packed) * recipe.weight_bytes
 
 
@@ -222,10 +224,20 @@ def layer_activations(shape: ModelShape, recipe: Recipe, load: Load) -> float:
     """Bytes that one layer keeps for its backward pass, without the copies of its weights."""
     # On CUDA one kernel attends to the whole row: nothing is joined anew, and there is no mask to keep.
     rejoined = 0 if recipe.cuda else 2 * shape.keys * load.rejoined + load.seen
-    return load.tokens * _widths(shape, recipe) + recipe.gathered_bytes * rejoined
+    # Of attention that keeps its probabilities: every token of a padded row has one for each other.
+    squares = 0 if shape.packs else 2 * load.attended * shape.kept_square
+    return load.tokens * _widths(shape, recipe) + recipe.gathered_bytes * rejoined + squares
 
 
 def _widths(shape: ModelShape, recipe: Recipe) -> float:
+    """Bytes a token. What was measured in float32 changes with the recipe as a Llama layer's does."""
+    counted = _counted_widths(shape, recipe)
+    if not shape.kept_width:
+        return counted
+    return counted * shape.kept_width / _counted_widths(shape, Recipe())
+
+
+def _counted_widths(shape: ModelShape, recipe: Recipe) -> float:
     """Bytes a token. Two norms keep their inputs in float32 always, and what they normalised where they are trained;
     the matrices what they take."""
     inputs = 5 if recipe.casts else 2
@@ -236,8 +248,8 @@ def _widths(shape: ModelShape, recipe: Recipe) -> float:
 
 
 def _adapter_width(shape: ModelShape, recipe: Recipe) -> int:
-    wanted = [n for n in shape.linears if recipe.lora_targets is None or n in recipe.lora_targets]
-    return recipe.lora_rank * len(wanted)
+    wanted = [linear for linear in shape.linears if adapted(linear, recipe.lora_targets)]
+    return recipe.lora_rank * sum(linear.count for linear in wanted) // shape.layers
 
 
 def _gathered(shape: ModelShape, recipe: Recipe) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from dpo_service.errors import InvalidSpec
 from dpo_service.planning.choose import STRATEGIES, Choice, Question, choose, fixes
 from dpo_service.planning.gpus import DEVICES, Device
-from dpo_service.planning.memory import CUDA_FRAMEWORK, Recipe
+from dpo_service.planning.memory import CUDA_FRAMEWORK, Recipe, trained_parameters
 from dpo_service.planning.shape import ModelShape
 from dpo_service.planning.speed import forward_operations
 from dpo_service.planning.workload import Lengths, load_of
@@ -117,8 +117,17 @@ def make_plan(
             "better": _better(spec, question, choice),
             "fixes": tuple(_fix(f.text, f.change, f.choice) for f in found),
             "elsewhere": _elsewhere(question, run) if device.cuda else (),
-            "notes": _samplers_note(run),
+            "notes": (*_guess_note(shape), *_samplers_note(run)),
         }
+    )
+
+
+def _guess_note(shape: ModelShape) -> tuple[str, ...]:
+    if not shape.guessed:
+        return ()
+    return (
+        f"The parameters of the family {shape.family!r} are estimated as if it were Llama's: neither transformers nor "
+        "the weight files are here to count them.",
     )
 
 
@@ -212,8 +221,7 @@ def _plan(question: Question, choice: Choice, run: RunSpec) -> Plan:
         gpu=device.name,
         workers=recipe.workers,
         parameters=question.shape.parameters,
-        trained_parameters=question.shape.lora_parameters(recipe.lora_rank, recipe.lora_targets)
-        or question.shape.parameters,
+        trained_parameters=trained_parameters(question.shape, recipe),
         fits=choice.fits(device),
         bytes=choice.memory.total,
         limit=int(device.usable) or None,

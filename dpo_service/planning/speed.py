@@ -85,7 +85,7 @@ def useful_operations(shape: ModelShape, recipe: Recipe, load: Load) -> float:
     adapters = 6 * shape.lora_parameters(recipe.lora_rank, recipe.lora_targets) * load.tokens
     layers = passes * shape.layers * shape.active_layer_parameters * load.tokens
     head = passes * shape.head_parameters * load.answers
-    return float(layers + head + adapters + 12 * shape.layers * shape.queries * load.attended)
+    return float(layers + head + adapters + 12 * shape.attending * shape.queries * load.attended)
 
 
 def operations(shape: ModelShape, recipe: Recipe, load: Load) -> float:
@@ -104,7 +104,7 @@ def forward_operations(shape: ModelShape, load: Load) -> float:
 
 def _layers_forward(shape: ModelShape, load: Load) -> float:
     weights = 2 * shape.layers * shape.active_layer_parameters * load.tokens
-    return float(weights + 4 * shape.layers * shape.queries * load.attended)
+    return float(weights + 4 * shape.attending * shape.queries * load.attended)
 
 
 def _communication(shape: ModelShape, recipe: Recipe, work: Workload, device: Device) -> float:

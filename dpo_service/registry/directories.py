@@ -14,6 +14,8 @@ from dpo_service.storage.weights import stored_weights, weight_files
 
 REWARD_SUFFIX = "ForSequenceClassification"
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
+COMPOSITE_SUFFIX = "ForConditionalGeneration"
+"""Of a model that reads images or sound beside text, and of sequence-to-sequence ones."""
 LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 LAYER_FIELDS, WIDTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model")
 ROUTED = (
@@ -149,13 +151,19 @@ def _architecture(config: dict[str, Any], name: str) -> str:
     if config.get("is_encoder_decoder"):
         raise _refused(name, f"it is a sequence-to-sequence model ({', '.join(architectures)}); give a causal one")
     for architecture in architectures:
-        if architecture.endswith(CAUSAL_SUFFIXES):
+        if architecture.endswith(CAUSAL_SUFFIXES) or (architecture.endswith(COMPOSITE_SUFFIX) and _composite(config)):
             return architecture
     raise _refused(
         name,
         f"its config.json names {', '.join(architectures) or 'no architecture'}; "
-        "a causal language model (…ForCausalLM) is needed",
+        "a causal language model (…ForCausalLM), or one that reads images or sound beside text "
+        f"(…{COMPOSITE_SUFFIX} with a text_config), is needed",
     )
+
+
+def _composite(config: dict[str, Any]) -> bool:
+    """Whether a language model is a part of it: the parts have configurations of their own."""
+    return any(name.endswith("_config") and isinstance(part, dict) for name, part in config.items())
 
 
 def _has_chat_template(directory: Path) -> bool:

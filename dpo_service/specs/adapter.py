@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dpo_service.specs.base import Spec
+
+CHOOSES = re.compile(r"(^|[._])(router|gate|coefs)$|(^|\.)indexer\.")
+"""Path of a layer that weighs or chooses (of sparse attention: the keys), and gets no adapter by default."""
 
 
 class LoraSpec(Spec):

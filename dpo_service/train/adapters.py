@@ -20,11 +20,10 @@ from typing import Any
 from torch import nn
 
 from dpo_service.errors import InvalidSpec, TrainingError
-from dpo_service.specs.adapter import LoraSpec
+from dpo_service.specs.adapter import CHOOSES, LoraSpec
+from dpo_service.train.language import language_body, outside
 from dpo_service.train.layers import decoder_layers
 
-_CHOOSES = re.compile(r"(^|[._])(router|gate|coefs)$|(^|\.)indexer\.")
-"""The path of a layer that weighs or chooses."""
 SHOWN = 12
 PARAM = "lora.target_modules"
 
@@ -57,7 +56,7 @@ def _by_default(model: Any) -> Iterator[tuple[str, nn.Module]]:
     try:
         layers = decoder_layers(model)
     except TrainingError:
-        layers = [model.get_decoder()]
+        layers = [language_body(model)]
     for layer in layers:
         for path, module in layer.named_modules():
             if _why_not(layer, path, module) is None:
@@ -71,7 +70,7 @@ def _why_not(root: nn.Module, path: str, module: nn.Module) -> str | None:
     if not isinstance(module, nn.Linear | Conv1D):
         return f"it is a {type(module).__name__}, and no linear layer"
     parent, _, name = path.rpartition(".")
-    if _CHOOSES.search(path):
+    if CHOOSES.search(path):
         return "it chooses or weighs, and does not transform"
     mixer = root.get_submodule(parent)
     if hasattr(mixer, "A_log") and hasattr(mixer, "D") and not name.startswith("in_proj"):
@@ -87,7 +86,7 @@ def _mixes(model: Any) -> bool:
 def _require_names(shell: Any, spec: LoraSpec) -> None:
     """The names of a job, as peft takes them: a module is meant whose path ends with one."""
     assert spec.target_modules is not None
-    modules = dict(shell.named_modules())
+    modules = _language(shell)
     for wanted in spec.target_modules:
         meant = {path: module for path, module in modules.items() if path == wanted or path.endswith(f".{wanted}")}
         if not meant:
@@ -102,6 +101,18 @@ def _require_names(shell: Any, spec: LoraSpec) -> None:
             f"one array and cannot be published with them; name {', '.join(_possible(shell))}",
             param=PARAM,
         )
+
+
+def _language(shell: Any) -> dict[str, nn.Module]:
+    """The modules by their paths, without those that read images or sound."""
+    foreign = excluded(shell)
+    return {path: m for path, m in shell.named_modules() if foreign is None or not re.fullmatch(foreign, path)}
+
+
+def excluded(model: Any) -> str | None:
+    """The paths that get no adapter whatever their names, as peft's `exclude_modules` takes them; None = none."""
+    paths = "|".join(map(re.escape, outside(model)))
+    return rf"(?:{paths})(?:\..*)?" if paths else None
 
 
 def _refusal(shell: Any, path: str, module: nn.Module, spec: LoraSpec) -> str | None:
@@ -139,7 +150,8 @@ def _plain(shell: Any, names: Sequence[str]) -> bool:
     with torch.device("meta"):
         trial = type(shell)(shell.config)
         try:
-            adapted = get_peft_model(trial, LoraConfig(r=1, target_modules=list(names), task_type="CAUSAL_LM"))
+            config = LoraConfig(r=1, target_modules=list(names), exclude_modules=excluded(trial), task_type="CAUSAL_LM")
+            adapted = get_peft_model(trial, config)
         except ValueError:
             return False
     return not any(isinstance(module, ParamWrapper) for module in adapted.modules())
@@ -147,5 +159,5 @@ def _plain(shell: Any, names: Sequence[str]) -> bool:
 
 def adapted_layers(shell: Any, names: Sequence[str]) -> int:
     """How many modules `names` mean."""
-    paths = [path for path, _ in shell.named_modules()]
+    paths = list(_language(shell))
     return sum(any(path == name or path.endswith(f".{name}") for name in names) for path in paths)

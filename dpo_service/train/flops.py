@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dpo_service.clock import monotonic
 from dpo_service.train.attention.layout import Segment
+from dpo_service.train.language import language_body
 from dpo_service.train.policy import base_of
 
 FORWARD_AND_BACKWARD = 3
@@ -49,7 +50,7 @@ class Cost:
         model = base_of(policy)
         config = model.config.get_text_config()
         head = [] if (found := model.get_output_embeddings()) is None else list(found.modules())
-        layers = [module for module in model.get_decoder().modules() if all(module is not part for part in head)]
+        layers = [module for module in language_body(model).modules() if all(module is not part for part in head)]
         share = _active_experts(config)
         return cls(
             sum(_weights(module, share, backward) for module in layers),

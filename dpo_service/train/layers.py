@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from dpo_service.errors import TrainingError
 from dpo_service.specs.run import RunSpec
 from dpo_service.train.attention import interface as attention
+from dpo_service.train.language import language_modules
 
 
 def prepare_layers(policy: nn.Module, run: RunSpec) -> None:
@@ -35,10 +36,10 @@ def prepare_layers(policy: nn.Module, run: RunSpec) -> None:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks, as transformers marks them."""
+    """The repeated blocks of the language model, as transformers marks them."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for module in language_modules(model) if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise TrainingError(
             f"{type(model).__name__} has no decoder layers that transformers marks as such; "

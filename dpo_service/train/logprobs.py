@@ -19,6 +19,7 @@ from dpo_service.train.attention import interface as attention
 from dpo_service.train.attention.layout import Layout, Trial
 from dpo_service.train.batch import MicroBatch, collate, padded
 from dpo_service.train.head import Head, head_logps, logit_logps
+from dpo_service.train.language import is_composite, language_body
 from dpo_service.train.rope import own_frequencies, shares_prompts
 from dpo_service.train.router import router_loss
 from dpo_service.train.rows import Example
@@ -32,6 +33,9 @@ COARSE_TOLERANCE = 5e-2
 
 REFUSED, REFUSED_COARSE = 1e-2, 0.2
 """From where a model is refused for it: a mixture in half precision may send a token to other experts by rounding."""
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What families call the bound of their logits."""
 
 
 class Completions(NamedTuple):
@@ -95,7 +99,7 @@ def _run(model: nn.Module, batch: MicroBatch, *, split: bool, layout: Layout | N
         layout = layout or attention.row_layout(batch.segments, batch.input_ids_BL.device)
         arguments = attention.forward_arguments(layout)
     ids, positions = batch.input_ids_BL, batch.position_ids_BL
-    module = _body(model) if split else model
+    module = language_body(model) if split else model
     return module(input_ids=ids, position_ids=positions, use_cache=False, **arguments, **options)
 
 
@@ -157,7 +161,7 @@ def _require_plain(model: Any) -> None:
     ids_1L = batch.input_ids_BL[row : row + 1, :length]
 
     def states(ids: Tensor) -> Tensor:
-        return _states((_body(model) if split else model)(input_ids=ids, use_cache=False), split=split)[0]
+        return _states((language_body(model) if split else model)(input_ids=ids, use_cache=False), split=split)[0]
 
     alone_LH, cut_LH = states(ids_1L), states(ids_1L[:, :-1])
     beside_LH = _states(_run(model, batch, split=split), split=split)[row, :length]
@@ -180,13 +184,15 @@ def _try_packing(model: Any) -> str | None:
     batch = _probe().to(next(model.parameters()).device)
     trial = Trial(batch.segments, batch.input_ids_BL.device, "sdpa")
     split = split_head(model) is not None
-    own = model.config._attn_implementation
+    # Parts that read images keep their own attention.
+    target: Any = language_body(model) if is_composite(model) else model
+    own = target.config._attn_implementation
     plain = padded(batch)
     expected_CH = _predicting(_run(model, plain, split=split), plain, split=split)
     reason: str | None = "it does not give the same result packed"
     try:
         attention.register()
-        model.set_attn_implementation(attention.NAME)
+        target.set_attn_implementation(attention.NAME)
         found_CH = _predicting(_run(model, batch, split=split, layout=trial), batch, split=split)
         tolerance = PROBE_TOLERANCE if found_CH.dtype in (torch.float32, torch.float64) else COARSE_TOLERANCE
         if (found_CH - expected_CH).norm() <= tolerance * expected_CH.norm():
@@ -194,7 +200,7 @@ def _try_packing(model: Any) -> str | None:
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"its attention cannot be replaced: {error}"
     if reason is not None:
-        model.set_attn_implementation(own)
+        target.set_attn_implementation(own)
     return reason
 
 
@@ -223,29 +229,29 @@ def split_head(model: Any) -> Head | None:
     believed. The answer is remembered on the model; `load_model` asks first, while no dropout is on.
     """
     if not hasattr(model, "_dpo_split_head"):
-        model._dpo_split_head = _head_is_all(model)
-    return _head(model) if model._dpo_split_head else None
-
-
-def _head(model: Any) -> Head:
-    config = model.config
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
+        model._dpo_split_head = _bounds(model)
+    bounds: tuple[float, float | None] | None = model._dpo_split_head
+    return None if bounds is None else Head(model.get_output_embeddings(), *bounds)
 
 
 @torch.no_grad()
-def _head_is_all(model: Any) -> bool:
-    if model.get_output_embeddings() is None or _body(model) is model:
-        return False
+def _bounds(model: Any) -> tuple[float, float | None] | None:
+    """The scale and the soft-capping with which the head gives the model's logits; None where none does."""
+    if model.get_output_embeddings() is None or language_body(model) is model:
+        return None
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = next((bound for name in SOFTCAPS if (bound := getattr(config, name, None))), None)
     ids = torch.tensor([[0, 1]], device=next(model.parameters()).device)
     try:
-        split = _head(model)(_body(model)(input_ids=ids, use_cache=False).last_hidden_state)
+        states = language_body(model)(input_ids=ids, use_cache=False).last_hidden_state
         whole = model(input_ids=ids, use_cache=False).logits
     except (AttributeError, TypeError):
-        return False
-    exact = whole.dtype in (torch.float32, torch.float64)
-    return bool(torch.allclose(split, whole, rtol=1e-4 if exact else COARSE_TOLERANCE, atol=1e-5))
-
-
-def _body(model: nn.Module) -> nn.Module:
-    return getattr(model, str(getattr(model, "base_model_prefix", "")), model)
+        return None
+    tolerance = 1e-4 if whole.dtype in (torch.float32, torch.float64) else COARSE_TOLERANCE
+    # Around a language model that scales its logits there are wrappers that do not (Aya Vision).
+    for bounds in ((scale, softcap), (1.0, None)):
+        split = Head(model.get_output_embeddings(), *bounds)(states)
+        if torch.allclose(split, whole, rtol=tolerance, atol=1e-5):
+            return bounds
+    return None

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dpo_service.errors import TrainingError
 from dpo_service.rows.backend import class_of, read_json
 from dpo_service.specs.adapter import LoraSpec
-from dpo_service.train.adapters import target_modules
+from dpo_service.train.adapters import excluded, target_modules
+from dpo_service.train.language import loader_of, require_language
 from dpo_service.train.logprobs import split_head, use_packing
 from dpo_service.train.pretrained import read
 from dpo_service.train.products import use_fast_products
@@ -34,8 +35,11 @@ COPIED = (
     "chat_template*",
     "additional_chat_templates",
     "generation_config.json",
+    "processor_config.json",
+    "*preprocessor_config.json",
 )
-"""What of a base model's directory its descendants keep: the tokenizer, its templates, how to generate."""
+"""What of a base model's directory its descendants keep: the tokenizer, its templates, how to generate, how images and
+sound are read."""
 
 
 _ADAPTERS_OR_SCALES = re.compile(r"\.lora_|\.weight\.")
@@ -51,14 +55,10 @@ def load_model(
     Safetensors only; no code from the model is run. `quantize` as in LoraSpec: linear layers but the head in 4 bits.
 
     Raises:
-        TrainingError: transformers has no model of this kind of its own.
+        TrainingError: transformers has no model of this kind of its own, or it is no causal language model.
         ModelRefused: as `pretrained.read`.
     """
-    from transformers import AutoModelForCausalLM
-
-    _require_known(path)
-    model = read(
-        AutoModelForCausalLM,
+    model = _opened(
         path,
         dtype=WEIGHT_DTYPE[precision],
         device=device,
@@ -76,10 +76,7 @@ def described_model(path: Path) -> Any:
     Raises:
         TrainingError, ModelRefused: as `load_model`.
     """
-    from transformers import AutoModelForCausalLM
-
-    _require_known(path)
-    return read(AutoModelForCausalLM, path, dtype=torch.float32, device="meta")
+    return _opened(path, dtype=torch.float32, device="meta")
 
 
 def empty_model(path: Path) -> Any:
@@ -88,18 +85,37 @@ def empty_model(path: Path) -> Any:
     Raises:
         TrainingError: as `load_model`.
     """
-    from transformers import AutoModelForCausalLM
+    config = _config(path)
+    loader = loader_of(config)
+    with torch.device("meta"), _needing(config):
+        return require_language(loader.from_config(config, trust_remote_code=False).eval())
 
-    config = _require_known(path)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+
+def _opened(path: Path, **options: Any) -> Any:
+    """The model in `path`, of the class it was saved from; what is not its language model is frozen."""
+    config = _config(path)
+    loader = loader_of(config)
+    with _needing(config):
+        return require_language(read(loader, path, **options))
 
 
-def _require_known(path: Path) -> Any:
-    """The model's configuration. A model that brings its own code, or is no causal one, is refused by what is wrong,
-    not by where it fails."""
+@contextmanager
+def _needing(config: Any) -> Iterator[None]:
+    """What a family needs beside transformers is named, and not where it was missed."""
+    try:
+        yield
+    except ImportError as error:
+        what = ", ".join(config.architectures or ()) or config.model_type
+        raise TrainingError(
+            f"{what} needs a library that is not installed ({str(error).strip().splitlines()[0]}); install it, or give "
+            "another model"
+        ) from error
+
+
+def _config(path: Path) -> Any:
+    """The model's configuration. A model that brings its own code is refused by what is wrong, not by where it
+    fails."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -108,8 +124,6 @@ def _require_known(path: Path) -> Any:
             f"the model's architecture is not one of transformers' own ({str(error).splitlines()[0]}); code that a "
             "model brings is never run: use a model of a known architecture"
         ) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise TrainingError(f"{config.model_type!r} is no causal language model; use one that is")
     return config
 
 
@@ -136,6 +150,7 @@ def add_adapter(model: Any, spec: LoraSpec, seed: int) -> Any:
         lora_dropout=spec.dropout,
         use_dora=spec.dora,
         target_modules=target_modules(model, spec),
+        exclude_modules=excluded(model),
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, _with_own_layers(config, spec.quantize)).eval()
@@ -232,7 +247,8 @@ def export_model(policy: Any, state: dict[str, Tensor], base_dir: Path, director
     """
     base = base_of(policy)
     config = copy.deepcopy(base.config)
-    config.dtype = dtype
+    for part in (config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None))):
+        part.dtype = dtype
     if hasattr(config, "quantization_config"):  # what is written is not quantised
         del config.quantization_config
     weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}

@@ -205,6 +205,40 @@ ADAPTED: dict[str, dict[str, Any]] = {
 """More families, to try adapters and exports on."""
 
 
+MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+LATENT = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
+"""Multi-head latent attention."""
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4},
+    "opt/projected": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "falcon/multi-query": {"new_decoder_architecture": False, "multi_query": True, "alibi": False},
+    "persimmon": {},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+    "cohere2": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+    "glm4_moe": MIXTURE | {"n_routed_experts": 4, "first_k_dense_replace": 1, "head_dim": 8},
+    "gemma3n_text": {
+        "head_dim": 8,
+        "intermediate_size": [48, 48],
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 4,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 4,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 97,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
+    "deepseek_v2": MIXTURE | LATENT | {"n_routed_experts": 4, "first_k_dense_replace": 1, "q_lora_rank": 16},
+    "exaone4": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+    "helium": {"head_dim": 8},
+    "falcon_mamba": {"state_size": 4, "layer_norm_epsilon": 1e-5},
+}
+"""More families that train; docs/models.md says which of them are packed."""
+
+EVERY = PACKED | PADDED | ADAPTED | OTHERS
+
+
 def family(name: str, added: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 

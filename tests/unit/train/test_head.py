@@ -244,7 +244,7 @@ def test_families_are_split_and_equal_their_own_logits(name):
     model, batch = family(name, (PACKED | PADDED)[name]), collate(random_pairs(3))
     assert split_head(model) is not None
     unsplit = copy.deepcopy(model)
-    unsplit._dpo_split_head = False
+    unsplit._dpo_split_head = None
     results = []
     for one in (model, unsplit):
         logps_S = completion_logps(one, batch, chunk=7).logps_S

@@ -58,7 +58,7 @@ def test_tails_are_what_lies_past_the_shorter_answer(model, examples):
     assert completion_logps(model, alone).tail_S.tolist() == [0] * len(examples)
 
 
-@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("split", [(1.0, None), None])
 @torch.no_grad()
 def test_alignment_equals_the_plain_computation(model, examples, split):
     """log p(token) - log sum_v p(v)^2, from the whole distribution in float64."""
