@@ -26,7 +26,7 @@ from dpo_service.train.policy import add_adapter, load_model
 from dpo_service.train.rows import Example
 from tests.unit.train.families import ADAPTED, EVERY, OTHERS, PADDED, TINY, family
 
-UNTOLD = ("nemotron", "stablelm", "qwen2_moe")
+UNTOLD = ("nemotron", "stablelm", "qwen2_moe", "deepseek_v32")
 """Families whose attention could be replaced, and whose trial fails all the same."""
 PAIRS = ((40, 30, 20), (60, 10, 25), (50, 40, 60))
 

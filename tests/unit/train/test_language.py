@@ -131,17 +131,8 @@ def test_its_limits_are_those_of_its_language_model(name, directory):
 
 def test_a_prompt_that_is_attended_to_both_ways_is_refused(tmp_path):
     directory = save_composite("paligemma", tmp_path / "m", PALIGEMMA)
-    with pytest.raises(TrainingError, match="PaliGemmaForConditionalGeneration lets tokens see later ones"):
+    with pytest.raises(TrainingError, match="PaliGemmaForConditionalGeneration"):
         load_model(directory)
-
-
-def test_bidirectional_models_with_a_causal_name_are_refused(tmp_path):
-    from transformers import BertConfig, BertLMHeadModel
-
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    BertLMHeadModel(BertConfig(vocab_size=97, **sizes)).save_pretrained(tmp_path)
-    with pytest.raises(TrainingError, match="BertLMHeadModel lets tokens see later ones"):
-        load_model(tmp_path)
 
 
 def test_what_has_no_language_model_is_refused_by_its_class(tmp_path):
