@@ -58,7 +58,7 @@ def load_model(
         TrainingError: transformers has no model of this kind of its own, or it is no causal language model.
         ModelRefused: as `pretrained.read`.
     """
-    model = _opened(
+    model = plain_model(
         path,
         dtype=WEIGHT_DTYPE[precision],
         device=device,
@@ -76,7 +76,7 @@ def described_model(path: Path) -> Any:
     Raises:
         TrainingError, ModelRefused: as `load_model`.
     """
-    return _opened(path, dtype=torch.float32, device="meta")
+    return plain_model(path, dtype=torch.float32, device="meta")
 
 
 def empty_model(path: Path) -> Any:
@@ -91,8 +91,9 @@ def empty_model(path: Path) -> Any:
         return require_language(loader.from_config(config, trust_remote_code=False).eval())
 
 
-def _opened(path: Path, **options: Any) -> Any:
-    """The model in `path`, of the class it was saved from; what is not its language model is frozen."""
+def plain_model(path: Path, **options: Any) -> Any:
+    """The model in `path` as transformers computes it, of the class it was saved from; what is not its language model
+    is frozen. `options` and errors as `pretrained.read`."""
     config = _config(path)
     loader = loader_of(config)
     with _needing(config):

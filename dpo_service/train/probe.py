@@ -19,8 +19,7 @@ from dpo_service.checkpoint.probe import Probe, ProbeSequence, probe_ids, read_p
 from dpo_service.storage.weights import weight_files
 from dpo_service.train.batch import collate
 from dpo_service.train.logprobs import completion_logps
-from dpo_service.train.policy import autocast, base_of
-from dpo_service.train.pretrained import read
+from dpo_service.train.policy import autocast, base_of, plain_model
 from dpo_service.train.rows import Example
 
 ROOM = 1.3
@@ -67,8 +66,6 @@ def verify_published(model_dir: Path) -> str:
         PublishedModelDiffers: they give other log-probabilities.
         ModelRefused: they are not loaded at all.
     """
-    from transformers import AutoModelForCausalLM
-
     probe = read_probe(model_dir)
     if probe is None:
         return "The published files were not compared with the policy: their checkpoint has no probe"
@@ -78,7 +75,7 @@ def verify_published(model_dir: Path) -> str:
             f"The published files were not compared with the policy: that takes {needed / 2**30:.1f} GiB of memory, "
             f"and {psutil.virtual_memory().available / 2**30:.1f} GiB are free"
         )
-    model = read(AutoModelForCausalLM, model_dir, dtype="auto")
+    model = plain_model(model_dir, dtype="auto")
     half = model.dtype != torch.float32
     worst = require_same(
         probe, plain_logps(model, probe), "the published checkpoint", arithmetic="half" if half else "float32"

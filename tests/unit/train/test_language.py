@@ -22,6 +22,7 @@ from dpo_service.train.layers import decoder_layers
 from dpo_service.train.logprobs import completion_logps, packs, split_head
 from dpo_service.train.optim import build_optimizer, trained_parameters
 from dpo_service.train.policy import add_adapter, base_of, described_model, empty_model, load_model
+from dpo_service.train.probe import verify_published
 from tests.unit.train.composites import COMPOSITES, PALIGEMMA, save_composite
 from tests.unit.train.families import PACKED, family
 from tests.unit.train.test_attention import random_pairs
@@ -96,6 +97,7 @@ def test_what_is_published_is_the_whole_model_with_its_language_trained(name, di
     assert (kept["architectures"], kept["vision_config"]) == (given["architectures"], given["vision_config"])
     for file in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
         assert (model_dir / file).read_bytes() == (directory / file).read_bytes()
+    assert "give the policy's log-probabilities" in verify_published(model_dir)
     examples = random_pairs(2)
     assert torch.allclose(
         completion_logps(load_model(model_dir), collate(examples)).logps_S,
