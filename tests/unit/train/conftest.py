@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.unit.train.composites import save_composite
 from tests.unit.train.families import PACKED, family
 from tests.unit.train.training_kit import VOCAB, build_model
 
@@ -20,6 +21,12 @@ def mixture_dir(tmp_path_factory) -> Path:
     directory = build_model(tmp_path_factory.mktemp("mixture"))
     family("mixtral", PACKED["mixtral"] | {"vocab_size": VOCAB}).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def composite_dir(tmp_path_factory) -> Path:
+    """One that reads images beside text."""
+    return save_composite("gemma3", tmp_path_factory.mktemp("composite"))
 
 
 @pytest.fixture(autouse=True)

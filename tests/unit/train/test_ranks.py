@@ -37,6 +37,8 @@ KINDS = {
     "fsdp-kto": {"resources": FSDP, "reference": "live", "loss": "kto", "micro_batch_size": 1},
     "fsdp-sft": {"resources": FSDP, "loss": "sft", "micro_batch_size": 1},
     "fsdp-mixture": {"resources": FSDP, "micro_batch_size": 1, "router_aux_loss_coef": 0.5},
+    "ddp-composite": {"resources": DDP, "reference": "live", "micro_batch_size": 2},
+    "fsdp-composite": {"resources": FSDP, "reference": "live", "micro_batch_size": 1},
 }
 HALF = {
     "fsdp-bfloat16": {"resources": FSDP, "reference": "live", "precision": "bfloat16"},
@@ -113,12 +115,12 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory, model_dir, mixture_dir) -> dict[str, Pair]:
+def pairs(tmp_path_factory, model_dir, mixture_dir, composite_dir) -> dict[str, Pair]:
     """Each kind, begun on two ranks, and (`resumed-...`) begun on one that was killed after step 2."""
     torch.set_num_threads(1)
     root, jobs, alone = tmp_path_factory.mktemp("ranks"), {}, {}
     for kind, options in (KINDS | HALF).items():
-        model = mixture_dir if kind.endswith("mixture") else model_dir
+        model = {"mixture": mixture_dir, "composite": composite_dir}.get(kind.rpartition("-")[2], model_dir)
         one, *others = (make_job(root / kind / name, model, **OPTIONS | options) for name in ("one", "two", "cut"))
         alone[kind] = one, Recorder()
         jobs[kind] = others[0]
