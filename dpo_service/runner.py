@@ -117,7 +117,9 @@ def _stages(store: Store, spec: AttemptSpec, reporter: Reporter) -> RunResult:
     _tell_of_waiting(run, reporter)
     outcome = (fit_online if run.online else fit)(store, spec, dataset, model_dir, digest)
     if outcome.checkpoint is not None and not outcome.stopped:
-        reporter.message(verify_published(store.path(outcome.checkpoint) / MODEL))
+        # A base of 4 bits is loaded on a GPU only, and the driver has none.
+        adapted = model_dir if run.lora is not None and run.lora.quantize == "none" else None
+        reporter.message(verify_published(store.path(outcome.checkpoint) / MODEL, adapted))
     return RunResult(
         job_id=run.job_id,
         attempt=spec.attempt,

@@ -55,6 +55,11 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     return total.hexdigest()
 
 
+def digest_each(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """`digest_tensors` of each tensor by itself, by its name."""
+    return {name: digest_tensors({name: tensor}) for name, tensor in tensors.items()}
+
+
 def write_counters(directory: Path, counters: Mapping[str, Any]) -> None:
     """`counters` as JSON. Floats come back bit for bit (repr round-trips)."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import json
 
 from dpo_service.inspection.subject import Subject
 from dpo_service.storage.weights import quantised_as, renaming, stored_weights
+from dpo_service.train.pretrained import HEAD, has_own_head
 
 
 def look(subject: Subject) -> None:
@@ -18,6 +19,11 @@ def look(subject: Subject) -> None:
         subject.notes.append(
             f"The names of the model's weights have the prefix of a wrapper ({next(iter(stored))}); they are read, and "
             "the result is published, without it"
+        )
+    if subject.shell.config.get_text_config().tie_word_embeddings and has_own_head(subject.directory):
+        subject.notes.append(
+            "config.json says that output head and embedding are one (tie_word_embeddings), and the files hold a head "
+            f"of its own ({HEAD}); that head is used, as transformers does, and the result is published as untied"
         )
     method = quantised_as(json.loads((subject.directory / "config.json").read_text()))
     if method is not None:

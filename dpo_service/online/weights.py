@@ -28,6 +28,7 @@ from dpo_service.errors import WeightsRefused
 from dpo_service.ids import random_suffix
 from dpo_service.online.port import Weights
 from dpo_service.train.policy import base_of, export_adapter
+from dpo_service.train.pretrained import HEAD, has_own_head
 
 SHARED_MEMORY = Path("/dev/shm")
 ADAPTER_TENSORS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -107,8 +108,8 @@ def model_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
     for path in sorted(model_dir.glob("*.safetensors")):
         shapes |= {name: shape for name, (shape, _) in _header(path).items()}
     config = json.loads((model_dir / "config.json").read_text())
-    if config.get("tie_word_embeddings") and len(shapes) > 1:
-        shapes.pop("lm_head.weight", None)
+    if config.get("tie_word_embeddings") and HEAD in shapes and not has_own_head(model_dir):
+        del shapes[HEAD]
     return shapes
 
 

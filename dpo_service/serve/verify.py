@@ -15,12 +15,14 @@ HALVES = ("bfloat16", "float16")
 
 
 async def verify(engine: Any, probe: Probe | None) -> None:
-    """Have vLLM's `engine` (an AsyncLLM) make a token, and compare its log-probabilities with those of `probe`.
+    """Have vLLM's `engine` (an AsyncLLM) make a token, and compare its log-probabilities with those of `probe`, where
+    its context is long enough for them.
 
     Raises:
         TrainingError: it cannot run the model; the sentence says why.
         PublishedModelDiffers: it gives other log-probabilities than the policy had.
     """
+    probe = None if probe is None else probe.within(engine.model_config.max_model_len)
     sequences = [] if probe is None else [([*s.prompt, *s.answer], len(s.answer)) for s in probe.sequences]
     try:
         logps = await asyncio.gather(*(_logp(engine, ids, length) for ids, length in sequences or [([0], 0)]))

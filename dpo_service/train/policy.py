@@ -218,6 +218,17 @@ def merged_state(policy: Any) -> dict[str, Tensor]:
     return state
 
 
+@torch.no_grad()
+def merge(policy: Any) -> None:
+    """Have `policy` compute with the weights that are published: adapters added into those of their layers, one by one,
+    and off. For good: the weights that were there are gone."""
+    for module in base_of(policy).modules():
+        if hasattr(module, "get_delta_weight"):
+            # A parameter of its own: the one before may be another layer's too.
+            module.get_base_layer().weight = nn.Parameter(_merged_weight(module), requires_grad=False)
+    policy.base_model.disable_adapter_layers()
+
+
 def _merged_weight(module: Any) -> Tensor:
     """W' = W + scale B A; with DoRA each row (of an output feature) is then given its trained length (arXiv 2402.09353,
     eq. 5)."""
@@ -241,10 +252,13 @@ def _as_numbers(layer: Any) -> Tensor:
 
 
 @torch.no_grad()
-def export_model(policy: Any, state: dict[str, Tensor], base_dir: Path, directory: Path, dtype: torch.dtype) -> None:
+def export_model(
+    policy: Any, state: dict[str, Tensor], base_dir: Path, directory: Path, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Write a Hugging Face directory that transformers and vLLM load: `state` in `dtype`, configuration, tokenizer.
 
-    `state` is what `merged_state` gave; of the policy only its class and configuration are read.
+    `state` is what `merged_state` gave; of the policy only its class and configuration are read. Returns the weights as
+    they were written, by their names in the model.
     """
     base = base_of(policy)
     config = copy.deepcopy(base.config)
@@ -252,8 +266,8 @@ def export_model(policy: Any, state: dict[str, Tensor], base_dir: Path, director
         part.dtype = dtype
     if hasattr(config, "quantization_config"):  # what is written is not quantised
         del config.quantization_config
-    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
     shell = _shell(type(base), config)
+    weights = _as_written(shell, state, dtype)
     if _differs(shell, weights):
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
@@ -263,6 +277,23 @@ def export_model(policy: Any, state: dict[str, Tensor], base_dir: Path, director
     shell.generation_config = base.generation_config
     shell.save_pretrained(directory)
     copy_tokenizer(base_dir, directory)
+    return weights
+
+
+def _as_written(shell: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """`state` in host memory and `dtype`, but for what is no floating-point number, and what transformers keeps in
+    float32 whatever the model's type is (the biases that choose experts)."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = shell._get_dtype_plan(dtype)
+    kept = build_glob_alternation(list(plan))[0] if plan else None
+
+    def type_of(name: str, tensor: Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        return torch.float32 if kept is not None and kept.search(name) else dtype
+
+    return {name: tensor.detach().to("cpu", type_of(name, tensor)) for name, tensor in state.items()}
 
 
 def _shell(kind: Any, config: Any) -> Any:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 
 from dpo_service.errors import ModelRefused
 from dpo_service.storage.weights import FLOATS, Stored, quantised_as, renaming, stored_weights
 
 SHOWN = 4
 """Names of weights in a message."""
+HEAD = "lm_head.weight"
 
 
 def read(
@@ -67,6 +69,23 @@ def read(
             ) from error
     _require_all(report, type(model).__name__)
     return model.eval()
+
+
+def has_own_head(path: Path) -> bool:
+    """Whether the files hold an output head that is no copy of another weight, the embedding. transformers and vLLM
+    then both have it stay what it is, even if config.json says that the two are tied."""
+    stored = stored_weights(path)
+    if HEAD not in stored:
+        return False
+    head = _stored_tensor(path, HEAD, stored[HEAD])
+    alike = [name for name, weight in stored.items() if name != HEAD and weight.shape == stored[HEAD].shape]
+    return not any(torch.equal(head, _stored_tensor(path, name, stored[name])) for name in alike)
+
+
+def _stored_tensor(path: Path, name: str, stored: Stored) -> torch.Tensor:
+    with safe_open(path / stored.file, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
 
 
 def _require_numbers(stored: Mapping[str, Stored]) -> None:

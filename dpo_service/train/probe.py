@@ -15,11 +15,20 @@ from typing import Any
 import psutil
 import torch
 
-from dpo_service.checkpoint.probe import Probe, ProbeSequence, probe_ids, read_probe, require_same
-from dpo_service.storage.weights import weight_files
+from dpo_service.checkpoint.format import ADAPTER
+from dpo_service.checkpoint.probe import (
+    Probe,
+    ProbeSequence,
+    probe_ids,
+    read_probe,
+    require_same,
+    require_same_weights,
+)
+from dpo_service.checkpoint.state import digest_each
+from dpo_service.storage.weights import stored_weights, weight_files
 from dpo_service.train.batch import collate
 from dpo_service.train.logprobs import completion_logps
-from dpo_service.train.policy import autocast, base_of, plain_model
+from dpo_service.train.policy import autocast, base_of, load_adapter, load_model, merge, plain_model
 from dpo_service.train.rows import Example
 
 ROOM = 1.3
@@ -59,25 +68,50 @@ def plain_logps(model: Any, probe: Probe) -> list[float]:
     return values
 
 
-def verify_published(model_dir: Path) -> str:
+def verify_published(model_dir: Path, adapted: Path | None = None) -> str:
     """A sentence on how the files in `model_dir`, as transformers loads them on the CPU, compare with the policy.
 
+    The policy was the model in `adapted` under an adapter, if that is given: where log-probabilities are of half
+    precision, which a lost adapter can hide in, merging it is done again in float32. One model is in memory at a time.
+
     Raises:
-        PublishedModelDiffers: they give other log-probabilities.
+        PublishedModelDiffers: they have other weights, or give other log-probabilities.
         ModelRefused: they are not loaded at all.
     """
     probe = read_probe(model_dir)
     if probe is None:
         return "The published files were not compared with the policy: their checkpoint has no probe"
-    needed = ROOM * sum(file.stat().st_size for file in weight_files(model_dir))
-    if needed > psutil.virtual_memory().available:
-        return (
-            f"The published files were not compared with the policy: that takes {needed / 2**30:.1f} GiB of memory, "
-            f"and {psutil.virtual_memory().available / 2**30:.1f} GiB are free"
-        )
+    size = sum(file.stat().st_size for file in weight_files(model_dir))
+    if lacking := _lacking(size):
+        return f"The published files were not compared with the policy: {lacking}"
+    worst, half = _verify_files(model_dir, probe)
+    sentence = f"The published files give the policy's log-probabilities (within {worst:.1g} a token)"
+    if adapted is None or not half:
+        return sentence
+    if lacking := _lacking(4 * sum(weight.numbers for weight in stored_weights(adapted).values())):
+        return f"{sentence}; merging the adapter was not done again in float32: {lacking}"
+    worst = _verify_merging(adapted, model_dir.parent / ADAPTER, probe)
+    return f"{sentence}, and so does merging the adapter in float32 (within {worst:.1g})"
+
+
+def _lacking(size: int) -> str | None:
+    """What keeps a model of `size` bytes from being loaded."""
+    needed, free = ROOM * size / 2**30, psutil.virtual_memory().available / 2**30
+    return f"that takes {needed:.1f} GiB of memory, and {free:.1f} GiB are free" if needed > free else None
+
+
+def _verify_files(model_dir: Path, probe: Probe) -> tuple[float, bool]:
+    """The largest difference, and whether it is one of half precision."""
+    what = "the published checkpoint"
     model = plain_model(model_dir, dtype="auto")
-    half = model.dtype != torch.float32
-    worst = require_same(
-        probe, plain_logps(model, probe), "the published checkpoint", arithmetic="half" if half else "float32"
-    )
-    return f"The published files give the policy's log-probabilities (within {worst:.1g} a token)"
+    half = "half" if model.dtype != torch.float32 else "float32"
+    logps = plain_logps(model, probe)
+    require_same_weights(probe, digest_each(model.state_dict()), logps, what)
+    return require_same(probe, logps, what, arithmetic=half), "half" in (half, probe.arithmetic)
+
+
+def _verify_merging(base_dir: Path, adapter: Path, probe: Probe) -> float:
+    policy = load_adapter(load_model(base_dir), adapter)
+    beside = probe.with_logps(plain_logps(policy, probe))
+    merge(policy)
+    return require_same(beside, plain_logps(policy, probe), "the model with its adapter merged in")

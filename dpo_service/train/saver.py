@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 from dpo_service.checkpoint.format import STATE, CheckpointFacts, publish
 from dpo_service.checkpoint.load import Checkpoint
-from dpo_service.checkpoint.probe import FILE as PROBE
 from dpo_service.checkpoint.probe import Probe
 from dpo_service.checkpoint.retention import prune, ranked
 from dpo_service.errors import CheckpointError
@@ -142,8 +141,7 @@ class Saver:
         facts = replace(facts, reference_digest=reference)
 
         def fill(directory: Path) -> None:
-            saving.write(directory, taken, run, self._model_dir, counters)
-            (directory / PROBE).write_text(probe.model_dump_json())
+            saving.write(directory, taken, probe, run, self._model_dir, counters)
             if share is not None:
                 shares.collect(share, self._meeting_place(facts.step), directory / STATE)
 

@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor
 from dpo_service.checkpoint import state as files
 from dpo_service.checkpoint.format import ADAPTER, MODEL, STATE
 from dpo_service.checkpoint.load import Checkpoint
+from dpo_service.checkpoint.probe import FILE as PROBE
+from dpo_service.checkpoint.probe import Probe
 from dpo_service.errors import CheckpointError
 from dpo_service.specs.run import RunSpec
 from dpo_service.train.optim import load_optimizer_tensors, optimizer_tensors, trained_parameters
@@ -92,9 +94,13 @@ def _to_host(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return {name: host_copy(tensor) for name, tensor in gathered if keep}
 
 
-def write(directory: Path, taken: Snapshot, run: RunSpec, model_dir: Path, counters: dict[str, Any]) -> None:
+def write(
+    directory: Path, taken: Snapshot, probe: Probe, run: RunSpec, model_dir: Path, counters: dict[str, Any]
+) -> None:
     """Fill a checkpoint directory, but for what `shares` puts there."""
-    export_model(taken.policy, taken.model, model_dir, directory / MODEL, EXPORT_DTYPE[run.precision])
+    written = export_model(taken.policy, taken.model, model_dir, directory / MODEL, EXPORT_DTYPE[run.precision])
+    probe = probe.model_copy(update={"weights": files.digest_each(written)})
+    (directory / PROBE).write_text(probe.model_dump_json())
     if run.lora is not None:
         export_adapter(taken.policy, taken.trained, directory / ADAPTER, run.model.name)
     elif has_masters(run) and taken.optimizer:

@@ -10,6 +10,7 @@ from dpo_service import runner
 from dpo_service.errors import CheckpointError, InvalidData, InvalidSpec, NonFiniteLoss, TrainingError
 from dpo_service.manifests.checkpoint import RunResult
 from dpo_service.reports import Reporter, read_spool, spool_files
+from dpo_service.specs.adapter import LoraSpec
 from dpo_service.specs.data import DataSpec
 from dpo_service.specs.loss import LossSpec
 from dpo_service.specs.method import ReferenceSpec
@@ -37,7 +38,7 @@ def store(tmp_path):
     return Store(tmp_path)
 
 
-def attempt(store, number=1):
+def attempt(store, number=1, precision="float32", lora=None):
     run = RunSpec(
         job_id=JOB,
         method="dpo",
@@ -47,7 +48,8 @@ def attempt(store, number=1):
         reference=ReferenceSpec(mode="cached"),
         optim=OptimSpec(learning_rate=1e-5),
         batch=BatchSpec(batch_size=2, micro_batch_size=2, n_epochs=1),
-        precision="float32",
+        precision=precision,
+        lora=lora,
         resources=ResourceSpec(),
         seed=0,
         output_model="ft:base::1",
@@ -105,6 +107,46 @@ def test_an_attempt_that_was_asked_to_stop_before_it_began_does_nothing(store, m
     monkeypatch.setattr(runner, "locate_model", lambda *_: pytest.fail("it went on"))
     assert main(store) == 0
     assert (result(store).status, result(store).checkpoint) == ("stopped", None)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSpec(rank=2)])
+def test_a_published_model_that_is_not_the_trained_one_fails_the_job_by_name(store, monkeypatch, tmp_path, lora):
+    from safetensors.torch import load_file, save_file
+
+    from tests.unit.train.training_kit import build_model, make_job
+
+    options = {"lora": lora, "precision": "bfloat16"}
+    job = make_job(tmp_path, build_model(tmp_path / "base"), reference="live", steps=1, validation=0, **options)
+    outcome = job.train()
+    _stages_give(monkeypatch, tmp_path / "base", outcome)
+    attempt(store, **options)
+    main(store)
+    assert (result(store).status, result(store).checkpoint) == ("succeeded", outcome.checkpoint)
+    assert ("merging the adapter in float32" in _messages(store)) is (lora is not None)
+    weights = store.path(outcome.checkpoint) / "model/model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] += 0.01
+    save_file(tensors, weights, metadata={"format": "pt"})
+    attempt(store, 2, **options)
+    assert main(store, 2) == 1
+    ended = result(store, 2)
+    assert (ended.status, ended.error_code, ended.retryable) == ("failed", "published_differs", False)
+    assert "(model.layers.1.self_attn.o_proj.weight)" in ended.error_message
+
+
+def _stages_give(monkeypatch, base, outcome):
+    """All stages of an attempt but the last look at what was published."""
+    monkeypatch.setattr("ray.init", lambda **_: None)
+    monkeypatch.setattr("dpo_service.train.ray_worker.fit", lambda *_: outcome)
+    monkeypatch.setattr(runner, "locate_model", lambda *_: base)
+    for stage in ("_require_sound", "_prepare", "_tell_of_waiting"):
+        monkeypatch.setattr(runner, stage, lambda *_: None)
+
+
+def _messages(store, number=1):
+    spool = spool_files(store.path(paths.spool_dir(JOB, number)))
+    reports = [report for path in spool for batch, _ in read_spool(path) for report in batch]
+    return " ".join(getattr(report, "message", "") for report in reports)
 
 
 @pytest.mark.parametrize("how", ["has a result", "has a successor"])

@@ -117,7 +117,7 @@ async def test_after_the_last_attempt_the_job_has_failed_and_says_why(world: Wor
     assert "attempt 3 of 3" in (await world.events(job_id))[-1].message
 
 
-@pytest.mark.parametrize("code", ["invalid_data", "non_finite_loss"])
+@pytest.mark.parametrize("code", ["invalid_data", "non_finite_loss", "published_differs"])
 async def test_a_failure_that_would_come_again_is_not_retried(world: World, code: str) -> None:
     job_id = await world.running()
     world.fail(job_id, error_code=code, error_param="training_file", retryable=False)

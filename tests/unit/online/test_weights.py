@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dpo_service.errors import WeightsRefused
 from dpo_service.online import weights as module
@@ -51,6 +52,18 @@ def test_what_a_killed_trainer_left_is_removed(tmp_path, monkeypatch):
     WeightsFolder(1)
     assert not orphan.exists()
     assert living.exists()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_head_in_the_files_is_the_models_where_it_is_no_copy_whatever_the_flag(model_dir, folder, tmp_path, own):
+    base = shutil.copytree(model_dir, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.flip(0).contiguous() if own else embedding.clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert json.loads((base / "config.json").read_text())["tie_word_embeddings"]
+    assert ("lm_head.weight" in model_shapes(base)) is own
+    check(Policy(base, folder, adapter=False).publish(1), model_shapes(base), "float32")
 
 
 def test_a_tied_head_is_not_published_and_the_model_is_that_of_the_files(model_dir, folder):

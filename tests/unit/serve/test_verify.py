@@ -25,8 +25,9 @@ PROBE = Probe.model_validate(
 class Engine:
     """Gives every token the same log-probability; None = it cannot compute."""
 
-    def __init__(self, logp, dtype="torch.float32"):
-        self.logp, self.model_config, self.asked = logp, SimpleNamespace(dtype=dtype), []
+    def __init__(self, logp, dtype="torch.float32", length=128):
+        self.logp, self.asked = logp, []
+        self.model_config = SimpleNamespace(dtype=dtype, max_model_len=length)
 
     async def generate(self, prompt, options, request_id):
         if self.logp is None:
@@ -58,6 +59,13 @@ async def test_a_model_without_a_probe_makes_a_token():
     engine = Engine(-9.0)
     await verify(engine, None)
     assert engine.asked == [[0]]
+
+
+@pytest.mark.parametrize(("length", "asked"), [(5, [[5, 6, 7, 8], [5, 9]]), (4, [[5, 9]]), (2, [[0]])])
+async def test_a_short_context_is_asked_for_what_it_has_room_for(length, asked):
+    engine = Engine(-1.5, length=length)
+    await verify(engine, PROBE)
+    assert engine.asked == asked
 
 
 @pytest.mark.parametrize("probe", [PROBE, None])
