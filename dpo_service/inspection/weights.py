@@ -20,7 +20,9 @@ def look(subject: Subject) -> None:
             f"The names of the model's weights have the prefix of a wrapper ({next(iter(stored))}); they are read, and "
             "the result is published, without it"
         )
-    if subject.shell.config.get_text_config().tie_word_embeddings and has_own_head(subject.directory):
+    config = subject.shell.config
+    tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
+    if tied and has_own_head(subject.directory):
         subject.notes.append(
             "config.json says that output head and embedding are one (tie_word_embeddings), and the files hold a head "
             f"of its own ({HEAD}); that head is used, as transformers does, and the result is published as untied"
