@@ -1,4 +1,4 @@
-"""The table of docs/performance.md, from the results that the benchmarks wrote.
+"""The tables of docs/performance.md and docs/models.md, from the results that the benchmarks wrote.
 
 python -m benchmarks.report
 """
@@ -9,8 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import families, results
 
+MODELS_PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+FAMILIES_BEGIN, FAMILIES_END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 GPU_RESULTS = Path(__file__).with_name("gpu_results.json")
 GPU_BEGIN, GPU_END = "<!-- gpu: begin -->\n", "<!-- gpu: end -->\n"
@@ -75,9 +77,18 @@ def _versions(entry: dict[str, Any]) -> str:
 
 def render(page: str, entries: dict[str, dict[str, Any]]) -> str:
     """`page` with the table of `entries` between its marks."""
-    head, _, rest = page.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}{table(entries)}{END}{tail}"
+    return _between(page, BEGIN, table(entries), END)
+
+
+def render_families(page: str, found: dict[str, Any]) -> str:
+    """`page` with the table of families between its marks."""
+    return _between(page, FAMILIES_BEGIN, families.table(found), FAMILIES_END)
+
+
+def _between(page: str, begin: str, text: str, end: str) -> str:
+    head, _, rest = page.partition(begin)
+    _, _, tail = rest.partition(end)
+    return f"{head}{begin}{text}{end}{tail}"
 
 
 def gpu_table(found: dict[str, Any]) -> str:
@@ -104,14 +115,13 @@ def gpu_table(found: dict[str, Any]) -> str:
 
 def render_gpu(page: str, found: dict[str, Any]) -> str:
     """`page` with the table of a GPU's results between its marks."""
-    head, _, rest = page.partition(GPU_BEGIN)
-    _, _, tail = rest.partition(GPU_END)
-    return f"{head}{GPU_BEGIN}{gpu_table(found)}{GPU_END}{tail}"
+    return _between(page, GPU_BEGIN, gpu_table(found), GPU_END)
 
 
 def main() -> None:
     page = render(PAGE.read_text(), json.loads(results.DEFAULT.read_text()))
     PAGE.write_text(render_gpu(page, json.loads(GPU_RESULTS.read_text())))
+    MODELS_PAGE.write_text(render_families(MODELS_PAGE.read_text(), json.loads(families.RESULTS.read_text())))
     print(table(json.loads(results.DEFAULT.read_text())))
 
 

@@ -87,3 +87,33 @@ def test_of_a_job_that_samples_it_says_that_samplers_are_not_counted(model, pair
 def test_what_a_service_would_refuse_is_refused_here(model, pairs, changed, said, capsys):
     assert run(["plan", pairs, "--model", model, *changed]) == ExitCode.REFUSED
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+def test_a_family_without_a_formula_is_planned_by_the_model_itself(family, pairs, tmp_path, monkeypatch, capsys):
+    """By the report that the inspection's process would give."""
+    from dpo_service.inspection.inspect import inspect
+    from dpo_service.specs.adapter import LoraSpec
+    from dpo_service.train.optim import trained_parameters
+    from dpo_service.train.policy import add_adapter, load_model
+    from tests.unit.train.composites import save_composite
+    from tests.unit.train.families import EVERY
+    from tests.unit.train.families import family as make
+    from tests.unit.train.training_kit import build_model
+
+    directory = build_model(tmp_path / "model")
+    if family == "gemma3":
+        save_composite(family, directory)
+    else:
+        make(family, EVERY[family] | {"vocab_size": 300}).save_pretrained(directory)
+    monkeypatch.setattr(admit, "inspect_model", inspect)
+    settings = ["--set", "lora.rank=4", "--json"]
+    assert run(["plan", pairs, "--model", str(directory), "--gpu", "L4", *settings]) == ExitCode.OK
+    adapted = json.loads(capsys.readouterr().out)["plan"]
+    assert run(["plan", pairs, "--model", str(directory), "--gpu", "L4", "--json"]) == ExitCode.OK
+    whole = json.loads(capsys.readouterr().out)["plan"]
+    model = load_model(directory)
+    assert whole["parameters"] == adapted["parameters"] == model.num_parameters()
+    assert whole["trained_parameters"] == sum(p.numel() for p in trained_parameters(model).values())
+    trained = trained_parameters(add_adapter(model, LoraSpec(rank=4), 0))
+    assert adapted["trained_parameters"] == sum(p.numel() for p in trained.values())
