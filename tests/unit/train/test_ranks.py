@@ -20,6 +20,7 @@ from dpo_service.specs.adapter import LoraSpec
 from dpo_service.specs.method import RefreshSpec
 from dpo_service.specs.resources import ResourceSpec
 from dpo_service.storage.store import Store
+from dpo_service.train.probe import verify_published
 from dpo_service.train.ranks import Ranks, _buckets
 from tests.unit.train.training_kit import Job, Recorder, make_job
 
@@ -151,6 +152,14 @@ def test_two_ranks_equal_one(pairs, kind):
     assert of(values, "train", "grad_norm") == pytest.approx(of(expected, "train", "grad_norm"), rel=1e-4)
     assert of(values, "train", "num_tokens") == of(expected, "train", "num_tokens")
     assert_close(saved(pair.two), saved(pair.one))
+
+
+@pytest.mark.parametrize("kind", KINDS | HALF)
+def test_what_two_ranks_publish_is_what_they_trained(pairs, kind):
+    """Sharded weights are gathered for the files a tensor at a time, and never for the probe."""
+    job = pairs[kind].two
+    adapted = job.model_dir if job.run.lora else None
+    assert "give the policy's log-probabilities" in verify_published(newest_valid(job.store, "j").model, adapted)
 
 
 def copied(job, place):
