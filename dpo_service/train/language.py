@@ -40,7 +40,8 @@ def loader_of(config: Any) -> Any:
 
 def is_composite(model: Any) -> bool:
     """Whether `model` has parts beside its language model, by its configuration."""
-    return model.config.get_text_config() is not model.config
+    config = getattr(model, "config", None)
+    return config is not None and config.get_text_config() is not config
 
 
 def language_body(model: Any) -> nn.Module:
