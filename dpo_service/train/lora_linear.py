@@ -39,7 +39,7 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]  # peft has no types
         cast = [None if weight is None else weight.to(dtype) for weight in weights]
         flat = x.to(dtype).reshape(-1, x.shape[-1])
         result: Tensor = lora_linear(flat, *cast, float(self.scaling[name]))[0]
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], self.out_features)
 
     def _plain_adapter(self) -> str | None:
         """The adapter's name; None where the layer is anything more."""

@@ -43,7 +43,7 @@ class Linear(nn.Linear):
             return super().forward(input)
         # Flat, so that what the function gives is no view: models may write into a layer's output.
         flat: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), self.weight, self.bias)  # type: ignore[no-untyped-call]
-        return flat.view(*input.shape[:-1], -1)
+        return flat.view(*input.shape[:-1], self.out_features)
 
 
 class _Linear(torch.autograd.Function):

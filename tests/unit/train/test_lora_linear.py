@@ -56,6 +56,27 @@ def test_outputs_and_gradients_are_pefts(bias, precision, tolerance):
         assert (mine - theirs).norm() <= tolerance * theirs.norm()
 
 
+@pytest.mark.parametrize("shape", [(0, IN), (2, 0, IN)])
+def test_no_tokens_are_a_batch_too(shape):
+    for mine, theirs in zip(
+        *(results(adapted(own=own), torch.empty(shape), "float32") for own in (True, False)), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_an_output_may_be_written_into():
+    def written_over(model):
+        x = torch.linspace(-1, 1, 14 * IN).view(2, 7, IN).requires_grad_()
+        output = model(x)
+        output.clamp_(-0.5, 0.5)
+        output[..., 0] += 1
+        output.square().sum().backward()
+        return [output, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    for mine, theirs in zip(written_over(adapted()), written_over(adapted(own=False)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_a_frozen_layer_in_bfloat16_leaves_the_adapter_and_its_gradients_in_float32():
     ours = adapted()
     ours.base_model.model.layer.base_layer.to(torch.bfloat16)

@@ -115,3 +115,14 @@ def test_an_output_may_be_written_into(shape):
     states = torch.randn(shape)
     for found, expected in zip(written_over(fast, states), written_over(plain, states), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (2, 0, 7)])
+def test_no_tokens_are_multiplied_too(shape):
+    """A mixture gives an expert that nobody chose a batch of none."""
+    fast, plain = nn.Linear(7, 11), nn.Linear(7, 11)
+    use_fast_products(fast)
+    for found, expected in zip(
+        written_over(fast, torch.empty(shape)), written_over(plain, torch.empty(shape)), strict=True
+    ):
+        assert torch.equal(found, expected)
