@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_service.train.attention.layout import Segment
+from dpo_service.train.language import language_modules
 
 LONGEST = 2**20
 """Tokens of the longest sequence that is tried, of a model that does not name its length."""
@@ -119,11 +120,13 @@ def own_frequencies(model: nn.Module) -> bool:
 
 
 def length_dependent(model: nn.Module) -> Iterator[tuple[nn.Module, str, Kinds]]:
-    """The rotary embeddings of `model` whose frequencies depend on length: what holds them, and under which name."""
+    """The rotary embeddings of the language model whose frequencies depend on length: what holds them, and under which
+    name. Those of parts that read images have positions of another kind, and are never run."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if config is not None else None
     longest = 2 * int(getattr(text, "max_position_embeddings", None) or LONGEST)
-    for parent in [module for module in model.modules() if not isinstance(module, OwnFrequencies)]:
+    parts = model.modules() if config is None else language_modules(model)
+    for parent in [module for module in parts if not isinstance(module, OwnFrequencies)]:
         for name, child in parent.named_children():
             if _is_rotary(child) and (kinds := kinds_of(_with_numbers(child), longest)) is not None:
                 yield parent, name, kinds

@@ -19,7 +19,7 @@ from dpo_service.specs.optim import OptimSpec
 from dpo_service.train.batch import collate
 from dpo_service.train.language import is_composite, language_modules, outside
 from dpo_service.train.layers import decoder_layers
-from dpo_service.train.logprobs import completion_logps, packs, split_head
+from dpo_service.train.logprobs import completion_logps, packed, packs, split_head
 from dpo_service.train.optim import build_optimizer, trained_parameters
 from dpo_service.train.policy import add_adapter, base_of, described_model, empty_model, load_model
 from dpo_service.train.probe import verify_published
@@ -58,7 +58,7 @@ def plain_logps(directory, examples):
 
 def test_log_probabilities_are_those_of_the_whole_model(name, directory):
     model, examples = load_model(directory), random_pairs(4)
-    assert packs(model) is (name not in PADDED)
+    assert packs(model) is packed(model, collate(examples)) is (name not in PADDED)
     assert split_head(model) is not None
     logps_S = completion_logps(model, collate(examples)).logps_S
     assert torch.allclose(logps_S, plain_logps(directory, examples), rtol=1e-5, atol=1e-5)
@@ -112,6 +112,8 @@ def test_adapters_are_on_the_language_model_alone(directory):
     assert not [name for name in adapted if name.startswith(tuple(outside(base_of(model))))]
     report = inspect(InspectionRequest(directory=str(directory), lora=LoraSpec(rank=2), sized=True))
     assert not report.faults
+    (note,) = report.notes  # on how many layers; images are no matter of positions
+    assert note.startswith("The adapter of rank 2")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert report.size.adapter.parameters == trained
 
