@@ -125,8 +125,7 @@ def length_dependent(model: nn.Module) -> Iterator[tuple[nn.Module, str, Kinds]]
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if config is not None else None
     longest = 2 * int(getattr(text, "max_position_embeddings", None) or LONGEST)
-    parts = model.modules() if config is None else language_modules(model)
-    for parent in [module for module in parts if not isinstance(module, OwnFrequencies)]:
+    for parent in [module for module in language_modules(model) if not isinstance(module, OwnFrequencies)]:
         for name, child in parent.named_children():
             if _is_rotary(child) and (kinds := kinds_of(_with_numbers(child), longest)) is not None:
                 yield parent, name, kinds
